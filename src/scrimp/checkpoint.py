@@ -1,0 +1,135 @@
+"""Atomic snapshots without pickle: safetensors for tensors, JSON for the rest, a checksum for each file.
+
+A snapshot is written under a temporary name, flushed to disk, and renamed. A name without the temporary prefix is
+therefore always complete; what a killed process left behind is removed by the next save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scrimp.errors import UserError
+
+if TYPE_CHECKING:
+    from scrimp.technique import State
+
+PARTIAL = ".partial-"
+
+
+def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
+    """Write a snapshot.
+
+    Args:
+        folder: where it shall be; a snapshot of that name is replaced.
+        state: `{kind: {name: tensor}}`. Kinds up to the first dot share a file.
+        meta: JSON.
+    Raises:
+        UserError: if the disk is full or the folder cannot be written; no earlier snapshot is touched.
+    """
+    partial = folder.parent / f"{PARTIAL}{folder.name}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        files: dict[str, dict[str, Tensor]] = {}
+        for kind, tensors in state.items():
+            part, _, rest = kind.partition(".")
+            flat = {f"{rest}/{name}" if rest else name: t.detach().contiguous() for name, t in tensors.items()}
+            files.setdefault(part, {}).update(flat)
+        digests: dict[str, str] = {}
+        for part, tensors in files.items():
+            path = partial / f"{part}.safetensors"
+            save_file(tensors, path)
+            digests[path.name] = digest(path)
+            _flush(path)
+        text = json.dumps({"meta": meta, "files": digests}, indent=1)
+        state_file = partial / "state.json"
+        state_file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n" + text)
+        _flush(state_file)
+        _flush(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except (OSError, RuntimeError, ValueError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        fix = "Earlier checkpoints are intact. Free some space, or set `out` to another disk, then use --resume."
+        raise UserError(f"cannot write the checkpoint: {reason}.", str(folder), fix) from error
+    return folder
+
+
+def load(folder: Path) -> tuple[State, dict[str, Any]]:
+    """Read a snapshot and verify it. Tensors are memory-mapped until they are used.
+
+    Raises:
+        UserError: if a file is missing, truncated or altered, by name, with the snapshot before it.
+    """
+    meta, files = _read_state(folder)
+    state: State = {}
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise _damaged(folder, name, "is missing")
+        if digest(path) != expected:
+            raise _damaged(folder, name, "is truncated or altered (its checksum differs)")
+        part = path.stem
+        for key, tensor in load_file(path).items():
+            rest, slash, parameter = key.partition("/")
+            kind, parameter = (f"{part}.{rest}", parameter) if slash else (part, key)
+            state.setdefault(kind, {})[parameter] = tensor  # type: ignore[index]
+    return state, meta
+
+
+def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        head, _, text = (folder / "state.json").read_text().partition("\n")
+        if json.loads(head)["sha256"] != hashlib.sha256(text.encode()).hexdigest():
+            raise _damaged(folder, "state.json", "is altered (its checksum differs)")
+        content = json.loads(text)
+        return content["meta"], content["files"]
+    except FileNotFoundError:
+        raise _damaged(folder, "state.json", "is missing") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise _damaged(folder, "state.json", "is truncated or altered") from None
+
+
+def _damaged(folder: Path, name: str, how: str) -> UserError:
+    before = [s for s in snapshots(folder.parent) if s.name < folder.name]
+    fix = "There is no earlier checkpoint."
+    if before:
+        fix = f"Resume from the one before it: scrimp train --resume {before[-1]}"
+    return UserError(f"{name} {how}.", str(folder), fix)
+
+
+def snapshots(folder: Path) -> list[Path]:
+    """Complete snapshots in a folder, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def prune(folder: Path, keep: int, spare: str = "") -> None:
+    """Delete all but the newest `keep` snapshots, and `spare`."""
+    for path in snapshots(folder)[: -max(keep, 1)]:
+        if path.name != spare:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

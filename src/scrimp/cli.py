@@ -1,0 +1,201 @@
+"""The command line: a thin layer over the verbs. torch is imported only by the commands that need it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scrimp.errors import UserError
+
+if TYPE_CHECKING:
+    from scrimp.recipe import Recipe
+    from scrimp.registry import Entry
+
+app = typer.Typer(
+    help="Train Transformers on less: less computation, less data, less memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", show_default=False)]
+Words = Annotated[list[str] | None, typer.Argument(help="Overrides: steps=200 lion.lr=3e-4 adamw=off.", metavar="[KEY=VALUE]...")]
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """Run the command line; a user's error ends it with its message and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"scrimp: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@app.command()
+def train(
+    recipe: RecipePath = None,
+    overrides: Words = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run, or from this checkpoint, exactly.")] = None,
+    extend: Annotated[str | None, typer.Option(help="With --resume: go on for `2000 step` more.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Start a new run from this run's weights.")] = None,
+) -> None:
+    """Train or fine-tune a recipe, or resume a run."""
+    from scrimp.progress import Progress
+
+    if (recipe is None) == (resume is None):
+        raise UserError("give either a recipe or --resume RUN.", "scrimp train")
+    if resume is not None and (overrides or start is not None):
+        raise UserError("a resumed run keeps its recipe.", "scrimp train", "Use --extend, or a new run with --from.")
+    loaded = None if recipe is None else load(recipe, overrides)
+    from scrimp.train import train as run
+
+    with Progress(sys.stdout) as view:
+        result = run(loaded, resume=resume, extend=extend, start=start, observe=view)
+    if result.reason == "interrupted":
+        typer.echo(f"Saved. Go on with: scrimp train --resume {result.folder}")
+        raise typer.Exit(130)
+
+
+@app.command("list")
+def list_(json_: AsJson = False) -> None:
+    """List all techniques by section."""
+    from scrimp.registry import catalogue
+
+    entries = catalogue()
+    if json_:
+        typer.echo(json.dumps([described(entry) for entry in entries.values()], indent=1))
+        return
+    sections: dict[str, list[Entry]] = {}
+    for entry in entries.values():
+        sections.setdefault(entry.card.section, []).append(entry)
+    for section, members in sorted(sections.items()):
+        typer.echo(section)
+        for entry in members:
+            typer.echo(f"  {entry.name:18} {first_line(entry)}")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A technique's name.")], json_: AsJson = False) -> None:
+    """Show what a technique does, costs, claims, sets and needs, and its settings."""
+    from scrimp.registry import entry as find
+
+    entry = find(name)
+    if json_:
+        typer.echo(json.dumps(described(entry), indent=1))
+        return
+    card = entry.card
+    typer.echo(f"{entry.name}  ({card.section}; {card.paper})\n\n{entry.about}\n")
+    facts = {"Claim": card.claim, "Saves": card.saves, "Costs": card.costs, "Sets": ", ".join(card.sets),
+             "Needs": ", ".join(card.needs), "Trains": ", ".join(card.trains), "Slots": ", ".join(entry.slots),
+             "Emulated on": ", ".join(card.emulated), "Clashes with": ", ".join(rivals(entry))}  # fmt: skip
+    for label, text in facts.items():
+        if text:
+            typer.echo(f"{label + ':':14}{text}")
+    typer.echo("\nSettings:")
+    for setting in entry.settings:
+        typer.echo(f"  {setting.name}: {setting.type} = {setting.default!r}\n      {setting.about}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from scrimp.schema import schema as build
+
+    typer.echo(json.dumps(build(), indent=1))
+
+
+@app.command()
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="Format: hf (a Hugging Face folder).")] = "hf",
+) -> None:
+    """Write a trained run as a folder that other libraries load."""
+    if to != "hf":
+        raise UserError(f"there is no format `{to}`.", "--to", "Known: hf.")
+    from scrimp.inference import export as write
+
+    typer.echo(f"Wrote {write(run, out)}")
+
+
+@app.command("eval")
+def eval_(run: RunPath, batches: Annotated[int, typer.Option(help="0 for the whole held-out set.")] = 0) -> None:
+    """Measure a run on its held-out data."""
+    from scrimp.inference import evaluate
+
+    for key, value in evaluate(run, batches).items():
+        typer.echo(f"{key}: {value:.6g}")
+
+
+@app.command()
+def generate(
+    run: RunPath,
+    prompt: Annotated[str, typer.Option(help="Start of the text.")] = "",
+    tokens: Annotated[int, typer.Option(help="How many tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Generate text with a run."""
+    from scrimp.inference import continue_text
+
+    typer.echo(continue_text(run, prompt, tokens, temperature, seed))
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(help="Steps of each of the two runs.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the plot.")] = Path("runs/demo"),
+) -> None:
+    """Train a small GPT twice, plainly and thriftily, and compare. At most five minutes on two cores."""
+    from scrimp.demo import demo as run
+
+    run(out, steps)
+
+
+def load(path: Path, overrides: list[str] | None) -> Recipe:
+    """A recipe with overrides."""
+    from scrimp.recipe import Recipe
+
+    return Recipe.load(path, overrides or [])
+
+
+def first_line(entry: Entry) -> str:
+    """A technique in one line."""
+    return entry.about.split("\n", 1)[0]
+
+
+def rivals(entry: Entry) -> list[str]:
+    """Techniques that set the same thing."""
+    from scrimp.registry import catalogue
+
+    mine = set(entry.card.sets)
+    return [name for name, other in catalogue().items() if name != entry.name and mine & set(other.card.sets)]
+
+
+def described(entry: Entry) -> dict[str, Any]:
+    """A technique as JSON."""
+    card = entry.card
+    emulated = set(card.emulated)
+    return {
+        "name": entry.name,
+        "section": card.section,
+        "paper": card.paper,
+        "claim": card.claim,
+        "saves": card.saves,
+        "costs": card.costs,
+        "sets": list(card.sets),
+        "slots": list(entry.slots),
+        "settings": {
+            s.name: {"type": s.type, "default": None if s.default is ... else s.default, "about": s.about}
+            for s in entry.settings
+        },
+        "runs": {device: "emulated" if device in emulated else "yes" for device in ("cpu", "cuda")},
+        "module": entry.module,
+    }

@@ -1,0 +1,113 @@
+"""Tokenizers: bytes, a byte-level BPE trained on the corpus, or somebody's tokenizer.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from scrimp.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END: Final = "<|endoftext|>"
+ENDS: Final = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. Every document ends with `end`."""
+
+    inner: tokenizers.Tokenizer
+    end: int
+    """Id of the end-of-text token."""
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids."""
+        return self.inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without special tokens."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of several texts, on all cores."""
+        return [found.ids for found in self.inner.encode_batch(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens are shown."""
+        return self.inner.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, which `PreTrainedTokenizerFast` and `tokenizers` load."""
+        self.inner.save(str(folder / "tokenizer.json"))
+
+    @classmethod
+    def read(cls, path: Path, end: str = "") -> Tokenizer:
+        """From a tokenizer.json, or a folder that has one.
+
+        Raises:
+            UserError: if there is none, or its end-of-text token is not known.
+        """
+        import tokenizers
+
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise UserError("there is no such tokenizer.", str(path), "Use bytes, bpe, or a tokenizer.json.")
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise UserError(f"is not a tokenizer: {error}.", str(file)) from None
+        inner.no_truncation()
+        inner.no_padding()
+        for token in (end,) if end else ENDS:
+            found = inner.token_to_id(token)
+            if found is not None:
+                return cls(inner, found)
+        what = f"has no token `{end}`." if end else "has no end-of-text token that is known."
+        raise UserError(what, str(file), "Name it in `data.end`.")
+
+
+def bytes_tokenizer() -> Tokenizer:
+    """Ids 0 to 255 are bytes, 256 ends a text."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = _byte_letters()
+    inner = tokenizers.Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    inner.add_special_tokens([END])
+    return Tokenizer(inner, 256)
+
+
+def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
+    """A byte-level BPE with `vocab` ids, the last of which ends a text.
+
+    Raises:
+        UserError: if `vocab` is less than 257.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab < 257:
+        raise UserError(f"a byte-level BPE needs at least 257 ids, not {vocab}.", "data.vocab")
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    inner.add_special_tokens([END])
+    return Tokenizer(inner, inner.token_to_id(END))
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that byte-level tokenizers use for each byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in plain]
+    letters = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
+    return [letters[b] for b in range(256)]

@@ -1,0 +1,152 @@
+"""A run's folder: recipe.yaml, environment.json, metrics.jsonl, TensorBoard events, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from scrimp import checkpoint
+from scrimp.errors import UserError
+from scrimp.recipe import Recipe
+
+if TYPE_CHECKING:
+    from scrimp.technique import State
+
+
+@dataclass
+class RunFolder:
+    """Where a run writes. Nothing in it is needed to compute; everything in it is needed to resume or to report."""
+
+    path: Path
+    metrics: TextIO | None = None
+    board: Any = None
+    wandb: Any = None
+    began: float = field(default_factory=time.time)
+
+    @classmethod
+    def create(cls, recipe: Recipe) -> RunFolder:
+        """A new folder under `recipe.out`, numbered when the name is taken."""
+        name = recipe.name or "-".join(["run", *(t.name for t in recipe.techniques if "update rule" in t.card.sets)])
+        root = Path(recipe.out)
+        for i in range(1, 100_000):
+            path = root / (name if i == 1 else f"{name}-{i}")
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(f"cannot make the run's folder: {error.strerror}.", str(path), "Set `out`.") from None
+            (path / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
+            return cls(path)
+        raise UserError("there are too many runs of that name.", str(root), "Set `name`.")
+
+    @classmethod
+    def reopen(cls, place: str | Path) -> tuple[RunFolder, Recipe, State, dict[str, Any]]:
+        """A run's folder, or one of its checkpoints -> folder, recipe, state, meta of the checkpoint.
+
+        Raises:
+            UserError: if there is no run or no checkpoint, or the newest one is damaged.
+        """
+        place = Path(place)
+        if place.name.startswith("step-") or place.name == "best":
+            chosen, path = place, place.parent.parent
+        else:
+            path, found = place, checkpoint.snapshots(place / "checkpoints")
+            if not (path / "recipe.yaml").is_file():
+                raise UserError("is not a run's folder: it has no recipe.yaml.", str(place))
+            if not found:
+                raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")
+            chosen = found[-1]
+        recipe = Recipe.load(path / "recipe.yaml")
+        state, meta = checkpoint.load(chosen)
+        return cls(path), recipe, state, meta
+
+    def open(self, step: int, recipe: Recipe, data: Any) -> None:
+        """Begin writing after `step`: what an earlier process logged beyond it is cut off."""
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.metrics = path.open("a", encoding="utf-8")
+        self.write_text("environment.json", json.dumps(environment(), indent=1))
+        if recipe.log.wandb:
+            self.wandb = _wandb(recipe, self.path)
+        self._tensorboard = recipe.log.tensorboard
+
+    def write(self, fields: dict[str, Any]) -> None:
+        """A line of metrics, also to TensorBoard and W&B."""
+        assert self.metrics is not None
+        self.metrics.write(json.dumps({**fields, "time": time.time() - self.began}) + "\n")
+        self.metrics.flush()
+        if self._tensorboard and self.board is None:
+            # Imported after the first step, so that it delays no start.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.path / "tensorboard"))
+        scalars = {k: v for k, v in fields.items() if k != "step" and isinstance(v, int | float)}
+        if self.board is not None:
+            for key, value in scalars.items():
+                self.board.add_scalar(key, value, fields["step"])
+        if self.wandb is not None:
+            self.wandb.log(scalars, step=fields["step"])
+
+    def write_text(self, name: str, text: str) -> None:
+        """A small file of the run."""
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def save(self, state: State, meta: dict[str, Any], step: int, keep: int, name: str = "") -> Path:
+        """A checkpoint; older ones beyond `keep` are deleted once it is safe."""
+        root = self.path / "checkpoints"
+        path = checkpoint.save(root / (name or f"step-{step:09d}"), state, meta)
+        checkpoint.prune(root, keep)
+        return path
+
+    def close(self) -> None:
+        """Flush and close what is open."""
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a log; a killed process may have left half a line."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [line for line in text.split("\n")[:-1] if re.fullmatch(r"\{.*\}", line)]
+
+
+def _wandb(recipe: Recipe, path: Path) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("Weights & Biases is not installed.", "log.wandb", "pip install wandb, or leave it empty.") from None
+    return wandb.init(project=recipe.log.wandb, dir=str(path), name=path.name, config=recipe.dump(), resume="allow")
+
+
+def environment() -> dict[str, Any]:
+    """What a report needs to know of the machine and the versions."""
+    return {
+        "scrimp": version("scrimp"),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": sys.argv,
+    }

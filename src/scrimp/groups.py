@@ -1,0 +1,155 @@
+"""Parameter groups: each trainable parameter in exactly one, with its rule and its multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scrimp.errors import UserError
+from scrimp.models.seams import matching
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors of a pattern's learning rate and weight decay; absolute values stay with the update rule."""
+
+    lr: float = 1.0
+    decay: float = 1.0
+
+    def times(self, other: Multipliers) -> Multipliers:
+        """Both at once. Patterns multiply, so that their order does not matter."""
+        return Multipliers(self.lr * other.lr, self.decay * other.decay)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share multipliers, by name."""
+
+    params: dict[str, nn.Parameter]
+    lr: float
+    decay: float
+
+
+def patterns(model: nn.Module) -> dict[str, Multipliers]:
+    """The default: no decay on vectors (biases, norms, scales), as is usual for Transformers."""
+    vectors = [name for name, p in trainable(model).items() if p.ndim < 2]
+    return {"|".join(vectors): Multipliers(decay=0.0)} if vectors else {}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that require gradients, by name, shared ones once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assign(names: Mapping[str, nn.Parameter], table: Mapping[str, Multipliers]) -> list[Group]:
+    """Partition parameters by the product of the multipliers of all patterns that match them.
+
+    Raises:
+        UserError: if a pattern matches no parameter.
+    """
+    found = dict.fromkeys(names, Multipliers())
+    for pattern, factor in table.items():
+        for name in matching(pattern, list(names), "trainable parameter", "groups"):
+            found[name] = found[name].times(factor)
+    groups: dict[Multipliers, dict[str, nn.Parameter]] = {}
+    for name, factor in found.items():
+        groups.setdefault(factor, {})[name] = names[name]
+    return [Group(params, factor.lr, factor.decay) for factor, params in groups.items()]
+
+
+def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> dict[str, dict[str, nn.Parameter]]:
+    """Which update rule owns which parameter.
+
+    Args:
+        scopes: rule -> its pattern; `*` takes what no other rule names.
+    Raises:
+        UserError: if two patterns overlap, one matches nothing, or parameters are left over.
+    """
+    owner: dict[str, str] = {}
+    for rule, pattern in scopes.items():
+        if pattern == "*":
+            continue
+        for name in matching(pattern, list(names), "trainable parameter", f"techniques.{rule}"):
+            if name in owner:
+                what = f"`{name}` is claimed by `{owner[name]}` and by `{rule}`."
+                raise UserError(what, f"techniques.{rule}", "Make the patterns disjoint.")
+            owner[name] = rule
+    rest = next((rule for rule, pattern in scopes.items() if pattern == "*"), None)
+    left = [name for name in names if name not in owner]
+    if left and rest is None:
+        raise UserError(f"no update rule takes `{left[0]}`.", "techniques", "Give one rule the pattern `*`.")
+    return {r: {n: p for n, p in names.items() if owner.get(n, rest) == r} for r in scopes}
+
+
+def param_groups(groups: Sequence[Group], lr: float, weight_decay: float, **more: Any) -> list[dict[str, Any]]:
+    """Groups as torch's optimizers take them. `base_lr` is what schedules multiply."""
+    return [
+        {"params": list(g.params.values()), "lr": lr * g.lr, "base_lr": lr * g.lr, "weight_decay": weight_decay * g.decay}
+        | more
+        for g in groups
+        if g.params
+    ]
+
+
+class Several(Optimizer):
+    """Several update rules as one optimizer. Their groups and states are shared, not copied.
+
+    Args:
+        parts: optimizers over disjoint parameters.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = list(parts)
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step each part."""
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def moments(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state as `{"optimizer.<moment>": {parameter's name: tensor}}`.
+
+    Raises:
+        TypeError: if a rule keeps something other than tensors.
+    """
+    by_id = {id(p): name for name, p in names.items()}
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for part in parts(optimizer):
+        for p, state in part.state.items():
+            for moment, value in state.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{type(part).__name__} keeps a {type(value).__name__} called `{moment}`.")
+                kinds.setdefault(f"optimizer.{moment}", {})[by_id[id(p)]] = value
+    return kinds
+
+
+def load_moments(optimizer: Optimizer, names: Mapping[str, nn.Parameter], kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Put moments back, exactly.
+
+    Raises:
+        UserError: if a moment belongs to no parameter of the optimizer.
+    """
+    owner = {id(p): part for part in parts(optimizer) for group in part.param_groups for p in group["params"]}
+    for kind, tensors in kinds.items():
+        for name, value in tensors.items():
+            if name not in names or id(names[name]) not in owner:
+                raise UserError(f"the checkpoint has `{kind}` of `{name}`, which is not trained here.", "checkpoint")
+            p = names[name]
+            device = p.device if value.ndim or kind != "optimizer.step" else value.device
+            owner[id(p)].state[p][kind.removeprefix("optimizer.")] = value.to(device, copy=True)
+
+
+def parts(optimizer: Optimizer) -> list[Optimizer]:
+    """The rules inside an optimizer."""
+    return optimizer.parts if isinstance(optimizer, Several) else [optimizer]

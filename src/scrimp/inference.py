@@ -1,0 +1,65 @@
+"""What is done with a trained run: evaluate, generate, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scrimp.clock import Clock
+from scrimp.folder import RunFolder
+from scrimp.run import Run, build, configured, exported, to_device
+from scrimp.train import starting_weights
+
+
+def open_run(place: str | Path) -> Run:
+    """A trained run, built from its checkpoint as training would resume it.
+
+    Args:
+        place: a run's folder, or one of its checkpoints.
+    """
+    _, recipe, state, meta = RunFolder.reopen(place)
+    data = recipe.data.open()
+    if recipe.checkpoint.adapter_only:
+        source = starting_weights(recipe, data, None)
+        state = {**state, "model": {**source["model"], **state["model"]}} if source else state
+    return build(recipe, data, Clock(**meta["clock"]), last=state, decisions=meta["decisions"])
+
+
+def evaluate(place: str | Path, batches: int = 0) -> dict[str, float]:
+    """The task's metrics on held-out data.
+
+    Args:
+        batches: how many batches; 0 for all of it.
+    """
+    run = open_run(place)
+    held, size = run.data.validation, run.recipe.batch
+    count = len(held) if batches == 0 else min(batches * size, len(held))
+    spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
+
+    parts = (to_device(run.task.batch(held.windows(span), span), run.device) for span in spans)
+    assert run.evaluate is not None
+    return run.evaluate(lambda model: run.task.evaluate(model, parts))
+
+
+def continue_text(place: str | Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+    """The prompt and what the model adds to it."""
+    from scrimp.models.generate import generate
+
+    run = open_run(place)
+    tokenizer = run.data.tokenizer
+    ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
+    chance = torch.Generator(run.device).manual_seed(seed)
+    assert run.evaluate is not None
+    out = run.evaluate(lambda model: generate(model, ids, tokens, temperature, chance, tokenizer.end))
+    return tokenizer.decode([i for i in out.tolist() if i != tokenizer.end])
+
+
+def export(place: str | Path, out: str | Path) -> Path:
+    """Write a run as a Hugging Face folder, with what techniques added merged or removed."""
+    from scrimp.models.hub import write
+
+    run = open_run(place)
+    write(out, configured(run.recipe, run.data), exported(run), run.data.tokenizer)
+    return Path(out)

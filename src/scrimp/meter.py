@@ -1,0 +1,101 @@
+"""What a run uses: live bytes, resident memory, FLOPs, and the machine's own matrix-product rate."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live storages made inside the context, and their peak. Works on real and on fake tensors.
+
+    Attributes:
+        live: bytes alive now, of storages made or registered since the context began.
+        peak: the largest `live` so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def register(self, value: Any) -> None:
+        """Count the storages of tensors made before the context began."""
+        for tensor in tree_iter(value):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata  # noqa: SLF001
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.register(out)
+        return out
+
+
+def resident_peak() -> int:
+    """Peak resident memory of this process in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def memory_peak(device: torch.device) -> int:
+    """Peak memory in bytes: allocated on a CUDA device, resident on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
+
+
+def flops_per_token(model: nn.Module, tokens: int) -> float:
+    """Algorithmic FLOPs of one training token: 6 a weight of a matrix product, and the causal half of attention.
+
+    Args:
+        tokens: length of a sequence. Recomputation is not counted.
+    """
+    config = getattr(model, "config", None)
+    tied = bool(getattr(config, "tied", False))
+    looked_up = {name for name, _ in model.named_parameters() if name.startswith("positions.")}
+    if not tied:
+        looked_up.add("embed.weight")
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and n not in looked_up)
+    layers = len(model.blocks) if isinstance(getattr(model, "blocks", None), nn.ModuleList) else 0  # type: ignore[arg-type]
+    attention = 6 * layers * config.heads * config.head * tokens if config is not None else 0
+    return 6 * weights + attention
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.15) -> float:
+    """FLOP/s of a square matrix product on this device, the best of a few; takes about `seconds`."""
+    size = 1024 if device.type == "cpu" else 4096
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+    return best

@@ -1,0 +1,1 @@
+"""Models: one Transformer with options, its presets, and Hugging Face folders in and out."""

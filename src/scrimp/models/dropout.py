@@ -1,0 +1,49 @@
+"""Dropout whose mask is a function of (layer, sample, position, channel), and of nothing else.
+
+No generator is involved, so that recomputation, another layout, another micro-batch size or a resumed run drops the
+same activations. `sample` numbers samples over the whole run, hence it stands for (seed, step, place in the batch).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Multipliers of a 32-bit mixing function (Steele and Vigna, "Computationally easy, spectrally good multipliers").
+MIX = (0x2C1B3C6D, 0x297A2D39)
+
+
+class Dropout(nn.Module):
+    """x -> x * mask / (1 - p). Shapes: x [B, T, C], sample [B].
+
+    Args:
+        p: share of activations that become zero.
+        site: number of this place in the model; every place has its own mask.
+    """
+
+    def __init__(self, p: float, site: int) -> None:
+        super().__init__()
+        self.p, self.site = p, site
+
+    def forward(self, x: Tensor, sample: Tensor | None = None) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        if sample is None:
+            raise ValueError("dropout needs the samples' numbers: pass `sample` to the model.")
+        return x * keep(x.shape, sample, self.site, self.p, x.device).to(x.dtype) / (1 - self.p)
+
+
+def keep(shape: torch.Size, sample: Tensor, site: int, p: float, device: torch.device) -> Tensor:
+    """Boolean mask [B, T, C], True with probability 1 - p."""
+    _, tokens, width = shape
+    row = mixed(mixed(sample.to(device) & 0xFFFFFFFF) ^ (site * 0x9E3779B1 & 0xFFFFFFFF))[:, None, None]
+    token = mixed(row ^ torch.arange(tokens, device=device)[:, None])
+    bits = mixed(token ^ (torch.arange(width, device=device) * 0x85EBCA6B & 0xFFFFFFFF))
+    return bits >= int(p * 2**32)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers (held in int64) that scatters them."""
+    for multiplier in MIX:
+        x = (x ^ (x >> 16)) * multiplier & 0xFFFFFFFF
+    return x ^ (x >> 15)

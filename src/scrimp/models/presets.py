@@ -1,0 +1,51 @@
+"""Named sizes. A preset is a set of options; a recipe may override any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from scrimp.errors import UserError, did_you_mean
+
+LLAMA: Final[dict[str, Any]] = {
+    "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False, "tied": False,
+}  # fmt: skip
+
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    "gpt-1m": {"layers": 4, "width": 128, "heads": 4},
+    "gpt-4m": {"layers": 4, "width": 256, "heads": 4},
+    "gpt-10m": {"layers": 6, "width": 384, "heads": 6},
+    "gpt-30m": {"layers": 8, "width": 512, "heads": 8},
+    "gpt2-small": {"layers": 12, "width": 768, "heads": 12, "vocab": 50257, "context": 1024, "activation": "gelu_tanh"},
+    "gpt2-medium": {"layers": 24, "width": 1024, "heads": 16, "vocab": 50257, "context": 1024, "activation": "gelu_tanh"},
+    "gpt2-large": {"layers": 36, "width": 1280, "heads": 20, "vocab": 50257, "context": 1024, "activation": "gelu_tanh"},
+    "gpt-1.3b": {"layers": 24, "width": 2048, "heads": 16, "vocab": 50257, "context": 2048},
+    "llama-1m": {"layers": 4, "width": 128, "heads": 4, **LLAMA},
+    "llama-10m": {"layers": 6, "width": 384, "heads": 6, "kv_heads": 2, **LLAMA},
+    "llama-160m": {"layers": 12, "width": 768, "heads": 12, "kv_heads": 4, "context": 2048, **LLAMA},
+    "llama-1.1b": {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "hidden": 5632, "vocab": 32000,
+                   "context": 2048, **LLAMA},
+}  # fmt: skip
+
+
+def expand(settings: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
+    """`{preset, from, ...options}` -> options.
+
+    Args:
+        settings: `preset` is a name of `PRESETS`; `from` is a Hugging Face folder, whose architecture is then fixed.
+    Raises:
+        UserError: for an unknown preset, or for `preset` and `from` together.
+    """
+    options = dict(settings)
+    preset, folder = options.pop("preset", None), options.pop("from", None)
+    if preset is not None and folder is not None:
+        raise UserError("`preset` and `from` are both given.", where, "Keep one of them.")
+    if folder is not None:
+        from scrimp.models.hub import read_config
+
+        return {**read_config(str(folder)), **options, "source": str(folder)}
+    if preset is None:
+        return options
+    if preset not in PRESETS:
+        raise UserError(f"there is no preset `{preset}`.", f"{where}.preset", did_you_mean(str(preset), PRESETS))
+    return {**PRESETS[preset], **options}

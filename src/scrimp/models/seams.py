@@ -1,0 +1,141 @@
+"""The few places on a model where techniques meet. They meet here, never on each other.
+
+`Linear` has three seams: its weight on the way in, the product itself, and its output. So low-rank updates, masks,
+quantization and scales can share one layer. Names of parameters never change: a seam only adds children.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scrimp.errors import UserError, did_you_mean
+
+WEIGHT: Final = ("expand", "low-rank", "mask", "quantize")
+"""Order in which steps on a weight run."""
+OUTPUT: Final = ("scale", "shift", "adapter")
+"""Order in which steps on an output run."""
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with seams.
+
+    Shapes: x [..., inputs], weight [outputs, inputs], bias [outputs], y [..., outputs].
+
+    Args:
+        std: standard deviation of the initial weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, std: float = 0.02) -> None:
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.on_weight: list[tuple[int, str]] = []
+        self.on_output: list[tuple[int, str]] = []
+        self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> Linear:
+        """The same layer with seams, around the same parameters."""
+        new = cls(0, 0, bias=False)
+        new.weight, new.bias = layer.weight, layer.bias
+        new.training = layer.training
+        return new
+
+    def on(self, seam: str, phase: str, name: str, step: nn.Module) -> None:
+        """Add a step: `weight` steps map weight -> weight, `output` steps map (x, y) -> y.
+
+        Raises:
+            UserError: if the layer already has a child of that name.
+        """
+        if name in self._modules:
+            raise UserError(f"a layer already has a `{name}`.", "", "Give the two techniques disjoint patterns.")
+        steps, phases = (self.on_weight, WEIGHT) if seam == "weight" else (self.on_output, OUTPUT)
+        self.add_module(name, step)
+        steps.append((phases.index(phase), name))
+        steps.sort()
+
+    def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Fill one of the layer's own parameters."""
+        if name == "bias":
+            value.zero_()
+        else:
+            value.normal_(0.0, self.std, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        for _, name in self.on_weight:
+            weight = self._modules[name](weight)  # pyright: ignore[reportOptionalCall]
+        y = self.product(x, weight, self.bias)
+        for _, name in self.on_output:
+            y = self._modules[name](x, y)  # pyright: ignore[reportOptionalCall]
+        return y
+
+
+class CrossEntropy(nn.Module):
+    """Head and loss: hidden states to the summed cross entropy. Materializes the logits; techniques replace it."""
+
+    def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Summed loss of hidden [B, T, C] against targets [B, T]; targets of -100 do not count."""
+        logits = head(hidden).flatten(0, -2)
+        return F.cross_entropy(logits, targets.flatten(), reduction="sum", label_smoothing=smoothing)
+
+
+def matching(pattern: str, names: list[str], what: str, where: str = "") -> list[str]:
+    """The names that a pattern matches: `*` matches across dots, `|` separates alternatives, `.` parts may be a suffix.
+
+    Raises:
+        UserError: if it matches none, with the nearest names. A technique that hits nothing is a mistake.
+    """
+    alternatives = [part.strip() for part in pattern.split("|")]
+    found = [n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in alternatives)]
+    if not found:
+        short = {n.rpartition(".")[2] for n in names} | {".".join(n.split(".")[-2:]) for n in names}
+        raise UserError(f"`{pattern}` matches no {what}.", where, did_you_mean(alternatives[0], short))
+    return found
+
+
+def linears(model: nn.Module, pattern: str, where: str = "") -> dict[str, Linear]:
+    """The linear layers that a pattern matches, by name; a plain `nn.Linear` is given seams in place.
+
+    Raises:
+        UserError: if it matches none.
+    """
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Linear | nn.Linear)}
+    chosen: dict[str, Linear] = {}
+    for name in matching(pattern, list(found), "linear layer", where):
+        layer = found[name]
+        if isinstance(layer, nn.Linear):
+            layer = Linear.of(layer)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+        chosen[name] = layer
+    return chosen
+
+
+def blocks(model: nn.Module, where: str = "") -> dict[str, nn.Module]:
+    """The repeated blocks: the children of the model's longest `nn.ModuleList` or `nn.Sequential` of one class.
+
+    Raises:
+        UserError: if the model has none.
+    """
+    best: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            children = {f"{name}.{i}" if name else i: child for i, child in module.named_children()}
+            if len({type(child) for child in children.values()}) == 1 and len(children) > len(best):
+                best = children
+    if not best:
+        raise UserError("the model has no list of blocks of one class.", where, "Use a model with an nn.ModuleList.")
+    return best
+
+
+def wrap_forward(module: nn.Module, around: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
+    """Run a module's forward inside `around(forward)`. Only this instance changes, and no name does."""
+    module.forward = around(module.forward)  # type: ignore[method-assign]

@@ -1,0 +1,99 @@
+"""A live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from scrimp.meter import flops_per_token, gemm_rate
+
+
+class Progress:
+    """Listens to a run: loss, tokens a second, share of the machine's matrix-product rate, peak memory, time left.
+
+    Args:
+        stream: where to write.
+        every: seconds between plain lines.
+        label: shown before the numbers.
+    """
+
+    def __init__(self, stream: TextIO, every: float = 5.0, label: str = "") -> None:
+        self.console = Console(file=stream, highlight=False)
+        self.every, self.label = every, label
+        self.rate = self.flops = 0.0
+        self.tokens, self.seconds, self.shown, self.last = 0, 0.0, 0.0, 0.0
+        self.end, self.validation = 1, ""
+        self.bar: Bar | None = None
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
+            self.bar = Bar(*columns, console=self.console)
+            self.task = self.bar.add_task(label, total=1, text="")
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """Hear one event of `scrimp.train.train`."""
+        if event == "stage":
+            self._stage(fields)
+        elif event == "step":
+            self._step(fields)
+        elif event == "validation":
+            self.validation = f"  held-out {fields['loss']:.4f}"
+            if self.bar is None:
+                self.console.print(f"{self.label}step {fields['step']}{self.validation}")
+        elif event == "end":
+            self._end(fields)
+
+    def _stage(self, fields: dict[str, Any]) -> None:
+        run = fields["run"]
+        self.end = run.clock.end
+        self.flops = flops_per_token(run.model, getattr(getattr(run.model, "config", None), "context", 0))
+        self.rate = self.rate or gemm_rate(run.device)
+        if self.bar is not None:
+            self.bar.update(self.task, total=self.end, completed=run.clock.position)
+
+    def _step(self, fields: dict[str, Any]) -> None:
+        # The first step of a stage pays for warm-up; a moving average forgets it soon.
+        keep = 0.9 if self.tokens else 0.0
+        self.tokens = keep * self.tokens + fields["tokens"]
+        self.seconds = keep * self.seconds + fields["seconds"]
+        speed = self.tokens / max(self.seconds, 1e-9)
+        per_position = self.seconds / (1 / (1 - keep)) if keep else self.seconds
+        left = (self.end - fields["position"]) * per_position * fields["step"] / max(fields["position"], 1)
+        text = (
+            f"step {fields['step']}  loss {fields['loss']:.4f}{self.validation}  {speed:,.0f} tok/s"
+            f"  {100 * speed * self.flops / self.rate:.0f} % of peak  {fields['peak_bytes'] / 2**20:,.0f} MiB"
+            f"  {duration(left)} left"
+        )
+        if self.bar is not None:
+            self.bar.update(self.task, completed=fields["position"], text=text)
+        elif time.monotonic() - self.shown >= self.every or fields["position"] >= self.end:
+            self.shown = time.monotonic()
+            self.console.print(self.label + text)
+
+    def _end(self, fields: dict[str, Any]) -> None:
+        if self.bar is not None:
+            self.bar.refresh()
+        if fields.get("loss") is not None:
+            self.console.print(f"{self.label}{fields['reason']}: held-out loss {fields['loss']:.4f}")
+        if fields["text"]:
+            self.console.print(fields["text"], markup=False)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

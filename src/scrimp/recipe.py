@@ -1,0 +1,434 @@
+"""A recipe: everything a run is, as YAML or as a frozen dataclass.
+
+Reading gathers every fault of a recipe and raises them together, each with its path, the nearest valid names and
+what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from scrimp.arrange import clashes
+from scrimp.clock import Duration
+from scrimp.errors import RecipeError, UserError, did_you_mean
+from scrimp.registry import component, modules, technique_class
+from scrimp.technique import Technique
+
+STRICT: dict[str, Any] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validate:
+    """When and on how much the held-out loss is measured."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    every: str | float = 0.1
+    """Interval; 0 for never."""
+    batches: int = 8
+    """Batches of the fixed validation set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """When snapshots are written and which are kept."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    every: str | float = 0.25
+    """Interval; 0 for only at the end."""
+    keep: int = 2
+    """How many of the newest are kept."""
+    best: bool = False
+    """Also keep the one with the lowest validation loss."""
+    adapter_only: bool = False
+    """Leave frozen weights out; they are read again from the folder that `model.from` names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """Where metrics go besides metrics.jsonl."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb: str = ""
+    """Weights & Biases project; empty for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """When to stop before the end."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    patience: int = 0
+    """Validations without a lower loss before stopping; 0 for never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What is generated when a run ends."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    prompt: str = ""
+    """Start of the text."""
+    tokens: int = 64
+    """How many tokens are generated; 0 for none."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRule:
+    """Multipliers for the parameters that a pattern matches."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    lr: float = 1.0
+    """Multiplier of the learning rate; 0 freezes."""
+    decay: float = 1.0
+    """Multiplier of the weight decay."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything a run is. `(recipe, stage, decisions) -> run` is a function."""
+
+    model: Any = "gpt-4m"
+    """A preset, or a mapping: `preset`, `from` (a Hugging Face folder), `name` (somebody's own), and options."""
+    data: Any = field(default_factory=dict[str, Any])
+    """The data set: `name` (default text) and its settings."""
+    task: Any = "causal-lm"
+    """The task, or a mapping with `name` and its settings."""
+    techniques: tuple[Technique, ...] = ()
+    """What is trained with. Order does not matter."""
+    batch: int = 16
+    """Samples a step, over all ranks and micro-batches."""
+    duration: str = "1000 step"
+    """How long: steps, tokens, samples or epochs."""
+    seed: int = 0
+    """Weights, data order and dropout follow from it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "float32"
+    """Of weights: float32, float64 or bfloat16."""
+    groups: dict[str, GroupRule] = field(default_factory=dict[str, GroupRule])
+    """pattern of parameters -> multipliers of learning rate and decay."""
+    validate: Validate = field(default_factory=Validate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    stop: Stop = field(default_factory=Stop)
+    sample: Sample = field(default_factory=Sample)
+    out: str = "runs"
+    """Folder in which the run's own folder is made."""
+    name: str = ""
+    """Of the run's folder; made from the model and the techniques when empty."""
+
+    def __post_init__(self) -> None:
+        """Resolve names and mappings; raise every fault at once."""
+        faults: list[UserError] = []
+        for key, value in _resolve(self, faults).items():
+            object.__setattr__(self, key, value)
+        if faults:
+            raise RecipeError(faults)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a YAML file, with `key=value` overrides.
+
+        Raises:
+            UserError: if the file cannot be read.
+            RecipeError: with every fault of its content.
+        """
+        path = Path(path)
+        try:
+            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+        except OSError as error:
+            raise UserError(f"cannot read the recipe: {error.strerror}.", str(path)) from None
+        except yaml.YAMLError as error:
+            raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from None
+        if not isinstance(raw, dict):
+            raise UserError("is not a recipe: the top level must be a mapping.", str(path))
+        return cls.read({str(key): value for key, value in raw.items()}, overrides)
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+        """From a mapping as YAML gives it, with `key=value` overrides."""
+        values, faults = override(raw, overrides)
+        known = [f.name for f in fields(cls)]
+        for key in set(values) - set(known):
+            hint = did_you_mean(key, [*known, "steps"], listed=0)
+            if key in modules():
+                hint = f"`{key}` is a technique: put it under `techniques:`."
+            faults.append(UserError(f"unknown key `{key}`.", key, hint))
+            del values[key]
+        techniques, more = read_techniques(values.get("techniques", {}))
+        faults += more
+        values["techniques"] = techniques
+        try:
+            recipe = cls(**values)
+        except RecipeError as error:
+            faults += error.faults
+            recipe = None
+        if recipe is None or faults:
+            raise RecipeError(faults)
+        return recipe
+
+    def dump(self) -> dict[str, Any]:
+        """As a mapping that `read` reads back to an equal recipe."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "techniques":
+                out[f.name] = dump_techniques(value)
+            elif f.name in ("model", "task", "data"):
+                out[f.name] = {"name": _component_name(f.name, value), **plain(value)}
+            elif f.name == "groups":
+                out[f.name] = {pattern: plain(rule) for pattern, rule in value.items()}
+            else:
+                out[f.name] = plain(value)
+        return out
+
+    def yaml(self) -> str:
+        """As YAML text."""
+        return yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True)
+
+
+def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, group, default in (("model", "models", "transformer"), ("data", "datasets", "text"),
+                                ("task", "tasks", "causal-lm")):  # fmt: skip
+        values[key] = _component(group, key, default, getattr(recipe, key), faults)
+    for f in fields(Recipe):
+        value = getattr(recipe, f.name)
+        if f.name in values or f.name == "techniques":
+            continue
+        kind = {"groups": dict[str, GroupRule], "validate": Validate, "checkpoint": Checkpoint, "log": Log,
+                "stop": Stop, "sample": Sample, "batch": int, "seed": int}.get(f.name, str)  # fmt: skip
+        if f.name == "duration" and isinstance(value, int | float):
+            value = f"{value} step"
+        values[f.name] = validated(kind, value, f.name, faults)
+    if isinstance(values["batch"], int) and values["batch"] < 1:
+        faults.append(UserError(f"must be at least 1, not {values['batch']}.", "batch"))
+    for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "float64", "bfloat16"))):
+        if values[key] not in known:
+            faults.append(UserError(f"`{values[key]}` is not one of {', '.join(known)}.", key))
+    for where, text in (("duration", values["duration"]), ("validate.every", recipe_part(values, "validate")),
+                        ("checkpoint.every", recipe_part(values, "checkpoint"))):  # fmt: skip
+        try:
+            Duration.parse(text, where)
+        except UserError as error:
+            faults.append(error)
+    if not isinstance(recipe.techniques, tuple):
+        values["techniques"] = tuple(recipe.techniques)
+    faults += clashes(recipe.techniques)
+    if not any("update rule" in t.card.sets for t in recipe.techniques):
+        fix = "Add one of adamw, adam, lion or sgd."
+        faults.append(UserError("no technique sets the update rule.", "techniques", fix))
+    return values
+
+
+def recipe_part(values: Mapping[str, Any], key: str) -> Any:
+    """The interval of a section, or 0 when the section itself was faulty."""
+    return getattr(values[key], "every", 0)
+
+
+def _component(group: str, where: str, default: str, value: Any, faults: list[UserError]) -> Any:
+    if is_dataclass(value):
+        return value
+    if isinstance(value, str):
+        value = {"preset" if group == "models" else "name": value}
+    if not isinstance(value, Mapping):
+        faults.append(UserError(f"must be a name or a mapping, not {value!r}.", where))
+        return None
+    settings = {str(key): item for key, item in value.items()}
+    try:
+        kind = component(group, str(settings.pop("name", default)), where)
+        expand = getattr(kind, "expand", None)
+        if expand is not None:
+            settings = expand(settings, where)
+    except UserError as error:
+        faults += error.faults if isinstance(error, RecipeError) else [error]
+        return None
+    return validated(kind, settings, where, faults)
+
+
+def _component_name(key: str, value: Any) -> str:
+    group = {"model": "models", "task": "tasks", "data": "datasets"}[key]
+    from importlib.metadata import entry_points
+
+    from scrimp.registry import BUILT_IN
+
+    target = f"{type(value).__module__}:{type(value).__qualname__}"
+    for name, known in BUILT_IN[group].items():
+        if known == target:
+            return name
+    return next((p.name for p in entry_points(group=f"scrimp.{group}") if p.value == target), target)
+
+
+def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
+    """Techniques from a mapping `{name: settings}` or a list of names and one-entry mappings."""
+    faults: list[UserError] = []
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(raw, Mapping):
+        pairs = [(str(name), settings) for name, settings in raw.items()]
+    elif isinstance(raw, list | tuple):
+        for i, item in enumerate(raw):
+            if isinstance(item, Technique):
+                pairs.append((item.name, item))
+            elif isinstance(item, str):
+                pairs.append((item, {}))
+            elif isinstance(item, Mapping) and len(item) == 1:
+                pairs.append(next((str(k), v) for k, v in item.items()))
+            else:
+                fix = "Write `- lion` or `- lion: {lr: 1e-4}`."
+                faults.append(UserError(f"is not a technique: {item!r}.", f"techniques[{i}]", fix))
+    else:
+        faults.append(UserError(f"must be a mapping or a list, not {raw!r}.", "techniques"))
+    found: list[Technique] = []
+    for name, settings in pairs:
+        where = f"techniques.{name}"
+        if isinstance(settings, Technique):
+            found.append(settings)
+            continue
+        try:
+            kind = technique_class(name)
+        except UserError as error:
+            faults.append(error)
+            continue
+        technique = validated(kind, {} if settings is None or settings is True else settings, where, faults)
+        if technique is not None:
+            found.append(technique)
+    return tuple(found), faults
+
+
+def dump_techniques(techniques: Sequence[Technique]) -> Any:
+    """As `read_techniques` reads them back."""
+    names = [t.name for t in techniques]
+    if len(set(names)) == len(names):
+        return {t.name: plain(t.settings()) for t in techniques}
+    return [{t.name: plain(t.settings())} for t in techniques]
+
+
+@cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """pydantic's validator of a type."""
+    return TypeAdapter(kind)
+
+
+def validated(kind: Any, value: Any, where: str, faults: list[UserError]) -> Any:
+    """A value as `kind`, or None with its faults added."""
+    try:
+        return adapter(kind).validate_python(value)
+    except UserError as error:
+        faults.append(error if error.where else UserError(error.what, where, error.fix))
+    except ValidationError as error:
+        for detail in error.errors():
+            faults.append(_fault(kind, detail, where))
+    return None
+
+
+def _fault(kind: Any, detail: Any, where: str) -> UserError:
+    path = ".".join([where, *(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "union")))])
+    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+        return UserError(f"unknown setting `{detail['loc'][-1]}`.", path, did_you_mean(str(detail["loc"][-1]), known))
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return UserError(cause.what, cause.where or path, cause.fix)
+    message = str(cause) if cause is not None else f"{detail['msg']} (got {detail['input']!r})"
+    return UserError(message[0].lower() + message[1:] + ("" if message.endswith(".") else "."), path)
+
+
+def plain(value: Any) -> Any:
+    """As YAML's plain types."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[UserError]]:
+    """Apply `key=value` words: `batch=8`, `steps=200`, `lion.lr=3e-4`, `adamw=off`, `data.context=128`."""
+    values, faults = {str(key): item for key, item in raw.items()}, list[UserError]()
+    techniques = values.get("techniques") or {}
+    named = {n: s for n, s in _pairs(techniques)} if not isinstance(techniques, list) or _unique(techniques) else None
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            faults.append(UserError(f"`{word}` is not `key=value`.", "command line", "Write for example `steps=200`."))
+            continue
+        value = yaml.load(text, Loader=Loader) if text else ""
+        head, *rest = key.removeprefix("techniques.").split(".")
+        if head in modules() and named is not None:
+            if not rest:
+                named.pop(head, None)
+                if value is not False:
+                    named[head] = value
+            else:
+                _put(named, [head, *rest], value)
+        elif head in modules():
+            fix = "Edit the recipe: a technique appears twice in it."
+            faults.append(UserError(f"cannot tell which `{head}` is meant.", "command line", fix))
+        else:
+            _put(values, ["model", "preset"] if key == "model" else key.split("."), value)
+    if named is not None:
+        values["techniques"] = named
+    if "steps" in values:
+        values["duration"] = f"{values.pop('steps')} step"
+    return values, faults
+
+
+def _pairs(techniques: Any) -> list[tuple[str, Any]]:
+    items = techniques.items() if isinstance(techniques, Mapping) else []
+    if isinstance(techniques, list):
+        items = [next(iter(t.items())) if isinstance(t, Mapping) and len(t) == 1 else (str(t), {}) for t in techniques]
+    return [(str(name), settings) for name, settings in items]
+
+
+def _unique(techniques: list[Any]) -> bool:
+    names = [name for name, _ in _pairs(techniques)]
+    return len(set(names)) == len(names) and not any(isinstance(t, Technique) for t in techniques)
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        inner = {"preset": inner} if isinstance(inner, str) and part == "model" else inner
+        values[part] = values = dict(inner) if isinstance(inner, Mapping) else {}
+    values[path[-1]] = value
+
+
+class Loader(yaml.SafeLoader):
+    """The safe loader, reading `1e-4` as a float, as YAML 1.2 does, and raising on a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+        for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a repeated key is an error instead of a silent overwrite."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9_]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)$"
+               r"|^[-+]?[0-9][0-9_]*\.[0-9_]*$|^[-+]?\.[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)  # fmt: skip

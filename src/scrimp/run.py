@@ -1,0 +1,418 @@
+"""A run, and how it is built: every slot folded over the techniques, and what crosses a stage.
+
+`build` is the same for training, resuming, planning and comparing. It holds no earlier model: what crosses a stage
+is named tensors, on the host or on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import Optimizer
+
+from scrimp.arrange import Arrangement, arrange, scope
+from scrimp.clock import Clock
+from scrimp.draws import generator
+from scrimp.errors import UserError, did_you_mean
+from scrimp.groups import (
+    Group,
+    Multipliers,
+    Several,
+    assign,
+    load_moments,
+    moments,
+    partition,
+    patterns,
+    trainable,
+)
+from scrimp.models.seams import matching
+from scrimp.technique import Technique
+
+if TYPE_CHECKING:
+    from scrimp.recipe import Recipe
+    from scrimp.technique import Backward, Batch, Evaluate, Loss, State, Step
+
+
+@dataclass
+class Run:
+    """What a stage trains with. Techniques get it in every slot; fields fill up in the order of `build`."""
+
+    recipe: Recipe
+    order: Arrangement
+    clock: Clock
+    data: Any
+    device: torch.device
+    seed: int = 0
+    memories: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    decisions: dict[str, Any] = field(default_factory=dict[str, Any])
+    model: nn.Module = field(default_factory=nn.Module)
+    base: frozenset[str] = frozenset()
+    """Names of the parameters before any surgery."""
+    optimizer: Optimizer | None = None
+    factor: Callable[[float], float] = lambda _: 1.0
+    index: np.ndarray = field(default_factory=lambda: np.arange(0))
+    batch: Callable[[int], Batch] = lambda _: {}
+    loss: Loss | None = None
+    backward: Backward | None = None
+    step: Step | None = None
+    evaluate: Evaluate | None = None
+
+    @property
+    def task(self) -> Any:
+        """The task: batch, count, loss, evaluate."""
+        return self.recipe.task
+
+    def fold(self, slot: str, value: Any) -> Any:
+        """What the trainer would use -> what it shall use.
+
+        Raises:
+            TypeError: if a technique returns nothing.
+        """
+        for technique in self.order.slots[slot]:
+            value = getattr(technique, slot)(value, self)
+            if value is None:
+                raise TypeError(f"{technique.name}.{slot} returned None; it must return what shall be used.")
+        return value
+
+    def memory(self, technique: Technique) -> dict[str, Tensor]:
+        """A technique's named tensors, checkpointed and carried like weights."""
+        return self.memories.setdefault(self.order.key(technique), {})
+
+    def where(self, technique: Technique, setting: str = "") -> str:
+        """A technique's path in the recipe, for errors."""
+        return f"techniques.{technique.name}" + (f".{setting}" if setting else "")
+
+    def read(self, value: Tensor, worst: float) -> float:
+        """A scalar's value; `worst` while planning, when tensors have none."""
+        return worst if isinstance(value, FakeTensor) else float(value)
+
+    def set_lr(self) -> float:
+        """Set every group's learning rate for the current progress; returns the largest."""
+        assert self.optimizer is not None
+        factor = self.factor(self.clock.progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        return max((float(g["lr"]) for g in self.optimizer.param_groups), default=0.0)
+
+    def state(self, only_trained: bool = False) -> State:
+        """Everything that a checkpoint holds. Tensors are not copied."""
+        parameters = dict(self.model.named_parameters())
+        weights: dict[str, Tensor] = {
+            n: p for n, p in parameters.items() if p.requires_grad or not only_trained
+        } | persistent(self.model)
+        state: State = {"model": weights}
+        if self.optimizer is not None:
+            state |= moments(self.optimizer, parameters)
+        return state | {f"memory.{key}": tensors for key, tensors in self.memories.items() if tensors}
+
+
+def build(
+    recipe: Recipe,
+    data: Any,
+    clock: Clock,
+    last: State | None = None,
+    source: State | None = None,
+    decisions: Mapping[str, Any] | None = None,
+) -> Run:
+    """A run, ready to train.
+
+    Args:
+        data: what `recipe.data.open()` gave.
+        clock: where the run is; its stage selects what techniques do.
+        last: the finished stage, or the checkpoint that is resumed.
+        source: weights that a new run starts from; what techniques add may be missing in it.
+        decisions: what earlier stages decided, by technique.
+    Raises:
+        UserError: if techniques do not fit the model, or weights do not fit it.
+    """
+    run = Run(recipe, arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
+    run.decisions = dict(decisions or {})
+    with torch.device("meta"):
+        model = configured(recipe, data).build().to(getattr(torch, recipe.dtype))
+        run.base = frozenset(name for name, _ in model.named_parameters())
+        run.model = model
+        model = run.fold("model", model)
+    freeze(model, run.order.techniques)
+    run.model = materialize(run.fold("wrap", model), run.device)
+    initialize(run.model, run.seed)
+    run.model = run.fold("init", run.model)
+    state = run.fold("carry", last if last is not None else source or {})
+    load_weights(run, state, strict=last is not None, left_over=last is None)
+    run.optimizer = make_optimizer(run)
+    run.factor = run.fold("schedule", lambda progress: 1.0)
+    run.index = run.fold("items", np.arange(len(data.train)))
+    run.batch = run.fold("batch", batches(run))
+    run.loss = run.fold("loss", run.task.loss)
+    run.backward = run.fold("backward", plain_backward(run))
+    run.step = run.fold("step", plain_step(run))
+    run.evaluate = run.fold("evaluate", plain_evaluate(run))
+    if last is not None:
+        load_rest(run, state)
+    return run
+
+
+def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> nn.Module:
+    """Techniques on somebody's own model, for somebody's own loop: the slots `model`, `wrap` and `init`.
+
+    Args:
+        model: any module with weights; it is changed in place where that suffices.
+        techniques: such as `[LoRA(rank=8), Recompute()]`; those that act in other slots are refused.
+        seed: of the weights that techniques add.
+    Raises:
+        UserError: if a technique needs the trainer, clashes with another, or hits nothing.
+    """
+    order = arrange(techniques)
+    for slot in ("loss", "backward", "step", "optimizer", "batch", "items", "schedule", "carry", "evaluate"):
+        for technique in order.slots[slot]:
+            what = f"`{technique.name}` acts in `{slot}`, which your own loop does not have."
+            raise UserError(what, "apply", "Use scrimp.train, or its optimizer class by itself.")
+    given: Any = SimpleNamespace(techniques=tuple(techniques), seed=seed)
+    device = next(model.parameters()).device
+    run = Run(given, order, Clock("step", 1, 1, {"step": 1.0}), None, device, seed)
+    run.base = frozenset(name for name, _ in model.named_parameters())
+    before = {id(p) for p in model.parameters()}
+    run.model = model
+    model = run.fold("model", model)
+    freeze(model, techniques)
+    initialize(model, seed, skip=before)
+    run.model = run.fold("wrap", model)
+    return run.fold("init", run.model)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where a recipe trains."""
+    if recipe.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is available.", "device", "Set it to cpu or auto.")
+    return torch.device(recipe.device)
+
+
+def configured(recipe: Recipe, data: Any) -> Any:
+    """The model's options, with vocabulary and context from the data where they are 0.
+
+    Raises:
+        UserError: if the data's tokens do not fit the model.
+    """
+    config = recipe.model
+    for name, given in (("vocab", data.tokenizer.vocab), ("context", data.train.context)):
+        if not is_dataclass(config) or name not in {f.name for f in fields(config)}:
+            continue
+        own = getattr(config, name)
+        if own == 0:
+            config = replace(config, **{name: given})  # type: ignore[type-var]
+        elif own < given:
+            fix = f"Set model.{name} to {given} or more, or lower data.{name}."
+            raise UserError(f"the data's {name} is {given}, the model's {own}.", f"model.{name}", fix)
+    return config
+
+
+def freeze(model: nn.Module, techniques: Sequence[Technique]) -> None:
+    """Train only what tuning methods name, when there is one."""
+    tuned = [(t.name, pattern) for t in techniques for pattern in t.card.trains]
+    if not tuned:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    chosen = {n for who, pattern in tuned for n in matching(pattern, names, "parameter", f"techniques.{who}")}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in chosen)
+
+
+def materialize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Meta tensors -> memory on the device. Shared parameters stay shared."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    model = model.to_empty(device=device)
+    for first, *others in (n for n in names.values() if len(n) > 1):
+        shared = model.get_parameter(first)
+        for name in others:
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent).register_parameter(child, shared)
+    for module in model.modules():
+        refill = getattr(module, "refill", None)
+        if refill is not None:
+            refill()
+    return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> None:
+    """Fill every parameter from a generator of its own, so that adding one changes no other.
+
+    Args:
+        skip: ids of parameters to leave alone.
+    Raises:
+        UserError: if a module owns parameters and knows no way to fill them.
+    """
+    done = set(skip or ())
+    for path, module in model.named_modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in done}
+        done |= {id(p) for p in own.values()}
+        if not own or any(isinstance(p, FakeTensor) for p in own.values()):
+            continue
+        fill = getattr(module, "initialize", None)
+        for name, p in own.items() if fill is not None else ():
+            value = torch.empty(p.shape, dtype=torch.float32)
+            fill(name, value, generator(seed, f"{path}.{name}" if path else name))  # type: ignore[misc]
+            p.copy_(value)
+        if fill is None:
+            reset = getattr(module, "reset_parameters", None)
+            if reset is None:
+                raise UserError(f"`{path}` ({type(module).__name__}) has no `initialize` or `reset_parameters`.", "model")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(generator(seed, path).initial_seed())
+                reset()
+
+
+def persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong into a checkpoint."""
+    kept = set(model.state_dict(keep_vars=True))
+    return {name: b for name, b in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def load_weights(run: Run, state: State, strict: bool, left_over: bool) -> None:
+    """Weights and buffers of a state into the model.
+
+    Args:
+        strict: whether what techniques added must be there too.
+        left_over: whether nothing may be left over beyond the model's own tensors.
+    Raises:
+        UserError: with every missing, unexpected and misshapen tensor.
+    """
+    given = state.get("model")
+    if given is None:
+        return
+    own: dict[str, Tensor] = {**dict(run.model.named_parameters()), **persistent(run.model)}
+    missing = [n for n in own if n not in given and (strict or n in run.base)]
+    if run.recipe.checkpoint.adapter_only and strict:
+        missing = [n for n in missing if own[n].requires_grad]
+    unexpected = [n for n in given if n not in own]
+    wrong = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in given.items()
+             if n in own and t.shape != own[n].shape]  # fmt: skip
+    if missing or unexpected or wrong:
+        lists = {"missing": missing, "unexpected": unexpected, "misshapen": wrong}
+        what = "; ".join(f"{kind}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+                         for kind, found in lists.items() if found)  # fmt: skip
+        near = did_you_mean(unexpected[0], own) if unexpected and not left_over else ""
+        raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", near)
+    for name, tensor in given.items():
+        own[name].copy_(tensor)
+
+
+def load_rest(run: Run, state: State) -> None:
+    """Moments and memories of a state into the run.
+
+    Raises:
+        UserError: if something belongs to no parameter or technique of the run.
+    """
+    assert run.optimizer is not None
+    kinds = {kind: tensors for kind, tensors in state.items() if kind.startswith("optimizer.")}
+    load_moments(run.optimizer, dict(run.model.named_parameters()), kinds)
+    keys = set(run.order.keys.values())
+    for kind, tensors in state.items():
+        if kind.startswith("memory."):
+            key = kind.removeprefix("memory.")
+            if key not in keys:
+                raise UserError(f"the checkpoint has memory of `{key}`, which the recipe lacks.", "checkpoint")
+            kept = run.memories.setdefault(key, {})
+            for name, value in tensors.items():
+                kept[name] = value.to(kept[name].device if name in kept else run.device, copy=True)
+
+
+def make_optimizer(run: Run) -> Optimizer:
+    """The update rules over their groups, then what wraps them."""
+    names = trainable(run.model)
+    table = patterns(run.model)
+    for pattern, rule in run.recipe.groups.items():
+        table[pattern] = table.get(pattern, Multipliers()).times(Multipliers(rule.lr, rule.decay))
+    table = run.fold("groups", table)
+    rules = {run.order.key(t): t for t in run.order.slots["optimizer"] if "update rule" in t.card.sets}
+    owned = partition(names, {key: scope(t) for key, t in rules.items()})
+
+    def make(groups: list[Group]) -> Optimizer:
+        made: list[Optimizer] = []
+        for key, technique in rules.items():
+            mine = [Group({n: p for n, p in g.params.items() if n in owned[key]}, g.lr, g.decay) for g in groups]
+            made.append(technique.optimizer(make, run)([g for g in mine if g.params]))
+        return made[0] if len(made) == 1 else Several(made)
+
+    wrapped: Callable[[list[Group]], Optimizer] = make
+    for technique in run.order.slots["optimizer"]:
+        if technique not in rules.values():
+            wrapped = technique.optimizer(wrapped, run)
+    return wrapped(assign(names, table))
+
+
+def batches(run: Run) -> Callable[[int], Batch]:
+    """step -> batch: a function of (seed, step)."""
+    from scrimp.data.order import sample_ids
+
+    def batch(step: int) -> Batch:
+        first = step * run.recipe.batch
+        ids = sample_ids(run.index, run.seed, first, run.recipe.batch)
+        sample = np.arange(first, first + run.recipe.batch) ^ (run.seed << 40)
+        return to_device(run.task.batch(run.data.train.windows(ids), sample), run.device)
+
+    return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device."""
+    return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def plain_backward(run: Run) -> Backward:
+    """Forward, one division, backward."""
+
+    def backward(batch: Batch, count: Tensor) -> Tensor:
+        assert run.loss is not None
+        loss = run.loss(run.model, batch) / count
+        loss.backward()
+        return loss.detach()
+
+    return backward
+
+
+def plain_step(run: Run) -> Step:
+    """Update, unless every gradient is None."""
+
+    def step() -> bool:
+        assert run.optimizer is not None
+        if all(p.grad is None for group in run.optimizer.param_groups for p in group["params"]):
+            return False
+        run.optimizer.step()
+        return True
+
+    return step
+
+
+def plain_evaluate(run: Run) -> Evaluate:
+    """Without dropout and without gradients."""
+
+    def evaluate(job: Callable[[nn.Module], Any]) -> Any:
+        training = run.model.training
+        run.model.eval()
+        try:
+            with torch.no_grad():
+                return job(run.model)
+        finally:
+            run.model.train(training)
+
+    return evaluate
+
+
+def exported(run: Run) -> dict[str, Tensor]:
+    """Plain weights of the original architecture: every technique's `export`, outermost first."""
+    named: dict[str, Tensor] = {n: p.detach() for n, p in run.model.named_parameters()} | persistent(run.model)
+    for technique in reversed(run.order.slots["export"]):
+        named = technique.export(named, run)
+    return named

@@ -1,0 +1,201 @@
+"""What a technique is: a frozen dataclass whose fields are its settings and whose slots are all that it changes.
+
+Every slot has one shape: it gets what the trainer would have used and returns what it should use. A run is a
+fixed pipeline of slots, and composing techniques is a fold over each slot. `run.py` folds, `arrange.py` orders.
+
+A technique holds no state. What it must remember between steps lives in the model's buffers, in the optimizer's
+state or in `run.memory(self)`, all of which are checkpointed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from scrimp.groups import Group, Multipliers
+    from scrimp.run import Run
+
+    Batch = dict[str, Tensor]
+    State = dict[str, Mapping[str, Tensor]]
+    """`{kind: {name: tensor}}`: kinds are "model", "optimizer.<moment>" and "memory.<technique>"."""
+    Loss = Callable[[nn.Module, Batch], Tensor]
+    """(model, batch) -> the loss summed over what `task.count(batch)` counts."""
+    Backward = Callable[[Batch, Tensor], Tensor]
+    """(batch, count) -> the mean loss; leaves the gradient of the summed loss over count in `.grad`."""
+    Step = Callable[[], bool]
+    """() -> whether the weights were updated."""
+    Evaluate = Callable[[Callable[[nn.Module], Any]], Any]
+    """(job) -> job(model), run as validation, sampling and export of metrics must run."""
+
+
+SLOTS: Final[dict[str, str]] = {
+    "stages": "once",
+    "decide": "a stage",
+    "model": "a stage",
+    "wrap": "a stage",
+    "init": "a stage",
+    "carry": "a stage",
+    "groups": "a stage",
+    "optimizer": "a stage",
+    "schedule": "a stage",
+    "items": "a stage",
+    "batch": "a stage",
+    "loss": "a step",
+    "backward": "a step",
+    "step": "a step",
+    "evaluate": "a step",
+    "export": "after",
+    "price": "plan",
+}
+"""Every slot and when it is called."""
+
+PHASES: Final[dict[str, tuple[str, ...]]] = {
+    "model": ("architecture", "seams", "frozen"),
+    "wrap": ("precision", "recompute", "saved", "compile", "shard"),
+    "init": ("fill", "scale"),
+    "carry": ("rewind", "grow"),
+    "optimizer": ("rule", "states"),
+    "schedule": ("shape", "warm-up"),
+    "items": ("filter", "sample"),
+    "batch": ("length", "augment"),
+    "loss": ("auxiliary", "scaled"),
+    "backward": ("micro-batch", "accumulated", "perturbed", "unscaled"),
+    "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
+    "evaluate": ("averaged",),
+}
+"""The order within a slot, innermost first: a later phase wraps an earlier one.
+
+What happens to gradients therefore reads backwards in `step`: they are unscaled, masked and clipped on their way in
+to the update. A technique that declares no phase must commute with all others that do not; `tests/pairs` checks it.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a technique says of itself. Written with literals only, so that it can be read without importing torch."""
+
+    paper: str
+    """arXiv number or venue of the paper it follows."""
+    section: str
+    """Section of the survey it belongs to."""
+    claim: str = ""
+    """The number its paper is known for, with its source; empty when no source was read."""
+    saves: str = ""
+    """What it saves, in a phrase."""
+    costs: str = ""
+    """What it costs, in a phrase."""
+    sets: tuple[str, ...] = ()
+    """Exclusive things it sets, such as "update rule": two techniques that set the same thing clash."""
+    scope: str = ""
+    """The setting that holds a pattern of parameters: two techniques with disjoint scopes do not clash."""
+    needs: tuple[str, ...] = ()
+    """Seams the model must offer, by name (`scrimp.models.seams`)."""
+    trains: tuple[str, ...] = ()
+    """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest."""
+    replaces: tuple[str, ...] = ()
+    """Slots whose incoming value it discards: folded first in its phase, and two of them clash."""
+    phase: Mapping[str, str] = field(default_factory=dict[str, str])
+    """slot -> its phase in `PHASES`."""
+    emulated: tuple[str, ...] = ()
+    """Devices on which it computes the right numbers but saves nothing."""
+    example: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Settings for the contract and pair tests."""
+    neutral: Mapping[str, Any] | None = None
+    """Settings with which it must equal the baseline bitwise; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Technique:
+    """The base of all techniques. A subclass is frozen, has a `card`, and overrides the slots it changes."""
+
+    card: ClassVar[Card]
+    name: ClassVar[str] = ""
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+
+    def __init_subclass__(cls) -> None:
+        """The name is the file's name: it is the recipe's key and the command line's word."""
+        cls.name = cls.__module__.rpartition(".")[2]
+
+    def stages(self) -> tuple[str | float, ...]:
+        """Durations from the start at which the run must be rebuilt, at the latest."""
+        return ()
+
+    def decide(self, last: Run) -> dict[str, Any]:
+        """A small JSON that shapes of the next stage depend on, from the stage that ends."""
+        return {}
+
+    def model(self, model: nn.Module, run: Run) -> nn.Module:
+        """Surgery, on meta tensors. Parameters may be added; none that stays is renamed."""
+        return model
+
+    def wrap(self, model: nn.Module, run: Run) -> nn.Module:
+        """Another execution of the same parameters."""
+        return model
+
+    def init(self, model: nn.Module, run: Run) -> nn.Module:
+        """Fill weights; those that a checkpoint gives are overwritten afterwards."""
+        return model
+
+    def carry(self, state: State, run: Run) -> State:
+        """The last stage's weights and moments (or a checkpoint's) -> those of this stage."""
+        return state
+
+    def groups(self, groups: dict[str, Multipliers], run: Run) -> dict[str, Multipliers]:
+        """pattern of parameters -> multipliers of learning rate and decay."""
+        return groups
+
+    def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
+        """groups -> optimizer."""
+        return make
+
+    def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
+        """progress in [0, 1] -> factor of the learning rate."""
+        return factor
+
+    def items(self, index: np.ndarray, run: Run) -> np.ndarray:
+        """Which items of the training set there are: int64, shape [items]."""
+        return index
+
+    def batch(self, batch: Callable[[int], Batch], run: Run) -> Callable[[int], Batch]:
+        """step -> batch, a function of (seed, step)."""
+        return batch
+
+    def loss(self, loss: Loss, run: Run) -> Loss:
+        """(model, batch) -> summed loss."""
+        return loss
+
+    def backward(self, backward: Backward, run: Run) -> Backward:
+        """(batch, count) -> mean loss, leaving gradients."""
+        return backward
+
+    def step(self, step: Step, run: Run) -> Step:
+        """() -> whether it updated. A skipped update is all gradients None; the clock still ticks."""
+        return step
+
+    def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
+        """job -> job(model), as validation must run."""
+        return evaluate
+
+    def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
+        """Trained weights -> plain weights of the original architecture. Folded in reverse."""
+        return named
+
+    def price(self, cost: dict[str, float], run: Run) -> dict[str, float]:
+        """What a dry run cannot see."""
+        return cost
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def overrides(technique: Technique | type[Technique], slot: str) -> bool:
+    """Whether a technique changes a slot."""
+    kind = technique if isinstance(technique, type) else type(technique)
+    return getattr(kind, slot) is not getattr(Technique, slot)

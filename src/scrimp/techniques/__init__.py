@@ -1,0 +1,1 @@
+"""Techniques: one folder a section of the survey, one file a technique."""

@@ -1,0 +1,62 @@
+"""Adam: a momentum divided by the root of a running second moment.
+
+    g <- g + wd w
+    m <- b1 m + (1 - b1) g            mh = m / (1 - b1^t)
+    v <- b2 v + (1 - b2) g^2          vh = v / (1 - b2^t)
+    w <- w - lr mh / (sqrt(vh) + eps)
+
+Paper: Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv 1412.6980.
+
+Saves: learning-rate tuning, against SGD. Costs: two states a weight. Not for: weight decay, which enters the gradient
+here and is divided by sqrt(v) with it, so that weights with large gradients hardly decay (adamw decouples it).
+The update itself is torch's, in its fused form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from scrimp.groups import Group, param_groups
+from scrimp.technique import Card, Technique
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
+
+    from scrimp.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam(Technique):
+    """Adam."""
+
+    card = Card(
+        paper="arXiv:1412.6980",
+        section="Optimization",
+        saves="learning-rate tuning",
+        costs="two states a weight",
+        sets=("update rule",),
+        scope="params",
+        phase={"optimizer": "rule"},
+        example={"lr": 1e-3},
+    )
+    lr: float = 3e-4
+    """Learning rate before the schedule."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """L2, added to the gradient; vectors have none."""
+    params: str = "*"
+    """Pattern of the parameters this rule owns."""
+
+    def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
+        """torch's fused Adam over the groups."""
+        return lambda groups: torch.optim.Adam(
+            param_groups(groups, self.lr, self.weight_decay), lr=self.lr, betas=self.betas, eps=self.eps, fused=True
+        )

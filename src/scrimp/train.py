@@ -1,0 +1,309 @@
+"""The loop. Fine-tuning, pre-training, every task and every layout go through it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from scrimp import checkpoint
+from scrimp.clock import Clock, Duration
+from scrimp.errors import UserError
+from scrimp.folder import RunFolder
+from scrimp.meter import memory_peak
+from scrimp.models.generate import generate
+from scrimp.run import Run, build, configured
+
+if TYPE_CHECKING:
+    from scrimp.recipe import Recipe
+    from scrimp.technique import Batch, State
+
+Observe = Callable[[str, dict[str, Any]], None]
+"""(event, fields): what a progress view hears. Events: start, stage, step, validation, checkpoint, sample, end."""
+
+
+@dataclass
+class Result:
+    """What a run ended with."""
+
+    folder: Path | None
+    run: Run
+    validation: dict[str, float]
+    text: str = ""
+    reason: str = "finished"
+    """finished, interrupted, or stopped early."""
+
+
+@dataclass
+class Session:
+    """One process's part of a run: what is not a function of the recipe, and is never checkpointed."""
+
+    folder: RunFolder | None
+    observe: Observe
+    validation: Sequence[Batch] = ()
+    best: float = math.inf
+    worse: int = 0
+    interrupted: bool = False
+    latest: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def train(
+    recipe: Recipe | None = None,
+    *,
+    resume: str | Path | None = None,
+    extend: str | None = None,
+    start: str | Path | None = None,
+    observe: Observe = lambda event, fields: None,
+    save: bool = True,
+    data: Any = None,
+) -> Result:
+    """Train a recipe, or continue a run.
+
+    Args:
+        recipe: what to train; not with `resume`, which reads the run's own.
+        resume: a run's folder, or one of its checkpoints; continues bitwise.
+        extend: with `resume`, a duration to add to the run.
+        start: a run whose final weights a new run starts from.
+        observe: is told of every step.
+        save: whether to write a run folder.
+        data: an opened data set to use instead of opening the recipe's.
+    Raises:
+        UserError: for what a user can mend; a checkpoint is never lost by it.
+    """
+    folder, last, meta = None, None, None
+    if resume is not None:
+        folder, recipe, last, meta = RunFolder.reopen(resume)
+    if recipe is None:
+        raise UserError("there is nothing to train.", "", "Give a recipe or a run to resume.")
+    data = recipe.data.open() if data is None else data
+    clock = Clock(**meta["clock"]) if meta else new_clock(recipe, data)
+    if extend is not None:
+        clock.end = clock.end + clock.at(Duration.parse(extend, "--extend"))
+    if folder is None and save:
+        folder = RunFolder.create(recipe)
+    if folder is not None:
+        folder.open(clock.step, recipe, data)
+    session = Session(folder, observe)
+    if meta:
+        session.best, session.worse = meta["best"] if meta["best"] is not None else math.inf, meta["worse"]
+        session.latest = meta["validation"]
+    handlers = _catch_interrupts(session)
+    try:
+        return _stages(recipe, data, clock, session, last, start, (meta or {}).get("decisions", {}))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if folder is not None:
+            folder.close()
+
+
+def _stages(
+    recipe: Recipe,
+    data: Any,
+    clock: Clock,
+    session: Session,
+    last: State | None,
+    start: str | Path | None,
+    decisions: dict[str, Any],
+) -> Result:
+    source = starting_weights(recipe, data, start) if last is None or recipe.checkpoint.adapter_only else None
+    if last is not None and source is not None:
+        last = {**last, "model": {**source["model"], **last["model"]}}
+    reason = "finished"
+    while True:
+        run = build(recipe, data, clock, last, source, decisions)
+        last = source = None
+        session.validation = validation_batches(run)
+        session.observe("stage", {"run": run, "clock": clock})
+        reason = _stage(run, stage_end(run), session)
+        if clock.done or reason != "finished":
+            break
+        decisions = run.decisions | {
+            run.order.key(t): t.decide(run) for t in run.order.slots["decide"]
+        }  # fmt: skip
+        clock.cuts.append(clock.position)
+        clock.stage += 1
+        last = release(run, decisions, session)
+        del run
+    return _finish(run, session, reason)
+
+
+def _stage(run: Run, end: int, session: Session) -> str:
+    """Train to the end of a stage. The loop itself: everything else is a small function called here."""
+    assert run.backward and run.step and run.optimizer
+    clock, recipe = run.clock, run.recipe
+    validate = clock.steps(recipe.validate.every) if Duration.parse(recipe.validate.every).value else 0
+    save = clock.steps(recipe.checkpoint.every) if Duration.parse(recipe.checkpoint.every).value else 0
+    while clock.position < end and not clock.done:
+        began = time.perf_counter()
+        batch = run.batch(clock.step)
+        count = run.task.count(batch)
+        lr = run.set_lr()
+        loss = run.backward(batch, count)
+        value = run.read(loss, worst=0.0)
+        if not math.isfinite(value):
+            raise non_finite(run, value)
+        updated = run.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        clock.tick(recipe.batch, int(count))
+        record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": int(count),
+                              "seconds": time.perf_counter() - began})  # fmt: skip
+        del batch, loss
+        if validate and (clock.step % validate == 0 or clock.done):
+            if measure(run, session):
+                return "stopped early"
+        if session.interrupted:
+            snapshot(run, session)
+            return "interrupted"
+        if save and clock.step % save == 0 and not clock.done:
+            snapshot(run, session)
+    return "finished"
+
+
+def new_clock(recipe: Recipe, data: Any) -> Clock:
+    """The clock of a run that begins."""
+    context = getattr(configured(recipe, data), "context", 0) or data.train.context
+    tokens = min(context, data.train.context)
+    return Clock.plan(Duration.parse(recipe.duration, "duration"), recipe.batch, tokens, len(data.train))
+
+
+def stage_end(run: Run) -> int:
+    """Where the current stage ends at the latest: the next point at which a technique wants the run rebuilt."""
+    clock = run.clock
+    points = [clock.at(d) for technique in run.order.slots["stages"] for d in technique.stages()]
+    return min((p for p in points if p > clock.begun and p > clock.position), default=clock.end)
+
+
+def starting_weights(recipe: Recipe, data: Any, start: str | Path | None) -> State | None:
+    """Weights of another run or of a Hugging Face folder, as the stage before the first."""
+    if start is not None:
+        _, _, state, _ = RunFolder.reopen(start)
+        return {"model": state["model"]}
+    source = getattr(recipe.model, "source", "")
+    if not source:
+        return None
+    from scrimp.models.hub import read_weights
+
+    return {"model": read_weights(source, configured(recipe, data))}
+
+
+def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
+    """A finished stage as named tensors, on disk when there is a run folder, so that no two models are held."""
+    run.decisions = decisions
+    if session.folder is None:
+        return {kind: {n: t.detach().clone() for n, t in tensors.items()} for kind, tensors in run.state().items()}
+    state, _ = checkpoint.load(snapshot(run, session))
+    return state
+
+
+def snapshot(run: Run, session: Session, name: str = "") -> Path:
+    """Write a checkpoint into the run folder."""
+    assert session.folder is not None or True
+    if session.folder is None:
+        return Path()
+    meta = {
+        "clock": run.clock.state(),
+        "decisions": run.decisions,
+        "best": session.best if math.isfinite(session.best) else None,
+        "worse": session.worse,
+        "validation": session.latest,
+    }
+    path = session.folder.save(run.state(run.recipe.checkpoint.adapter_only), meta, run.clock.step, run.recipe.checkpoint.keep, name)
+    session.observe("checkpoint", {"path": path})
+    return path
+
+
+def validation_batches(run: Run) -> list[Batch]:
+    """The fixed validation set: the first windows of the held-out documents."""
+    import numpy as np
+
+    from scrimp.run import to_device
+
+    size, held = run.recipe.batch, run.data.validation
+    count = min(run.recipe.validate.batches * size, len(held))
+    spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
+    return [to_device(run.task.batch(held.windows(ids), ids), run.device) for ids in spans]
+
+
+def measure(run: Run, session: Session) -> bool:
+    """Validate; returns whether the run shall stop for want of progress."""
+    assert run.evaluate is not None
+    scores: dict[str, float] = run.evaluate(lambda model: run.task.evaluate(model, session.validation))
+    session.latest = scores
+    if session.folder is not None:
+        session.folder.write({"step": run.clock.step, "tokens": run.clock.tok}
+                             | {f"validation_{k}": v for k, v in scores.items()})  # fmt: skip
+    session.observe("validation", {"step": run.clock.step, **scores})
+    better = scores["loss"] < session.best
+    session.best, session.worse = min(session.best, scores["loss"]), 0 if better else session.worse + 1
+    if better and run.recipe.checkpoint.best:
+        snapshot(run, session, "best")
+    return 0 < run.recipe.stop.patience <= session.worse
+
+
+def record(run: Run, session: Session, fields: dict[str, Any]) -> None:
+    """One step's line for metrics.jsonl and for the progress view."""
+    line = {"step": run.clock.step, **fields, "position": run.clock.position, "stage": run.clock.stage,
+            "peak_bytes": memory_peak(run.device)}  # fmt: skip
+    if session.folder is not None:
+        session.folder.write(line)
+    session.observe("step", line)
+
+
+def non_finite(run: Run, value: float) -> UserError:
+    """The error for a loss that is no number: the step, the parameter with the largest gradient, what to try."""
+    norms = {n: float(p.grad.float().norm()) for n, p in run.model.named_parameters() if p.grad is not None}
+    bad = [n for n, norm in norms.items() if not math.isfinite(norm)]
+    worst = bad[0] if bad else max(norms, key=lambda n: norms[n], default="none")
+    what = f"the loss is {value} at step {run.clock.step}; the largest gradient is that of `{worst}` ({norms.get(worst, 0):.3g})."
+    fix = "Try a lower learning rate, a longer warm-up, or clip; resume from the last checkpoint."
+    return UserError(what, "training", fix)
+
+
+def _catch_interrupts(session: Session) -> dict[int, Any]:
+    """Ctrl-C and SIGTERM finish the step, save, and leave. Only the main thread can listen."""
+
+    def stop(number: int, frame: Any) -> None:
+        if session.interrupted:
+            raise KeyboardInterrupt
+        session.interrupted = True
+
+    try:
+        return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        return {}
+
+
+def _finish(run: Run, session: Session, reason: str) -> Result:
+    if reason != "interrupted":
+        if session.validation and not session.latest:
+            measure(run, session)
+        snapshot(run, session)
+    text = sample(run) if reason != "interrupted" else ""
+    if session.folder is not None and text:
+        session.folder.write_text("sample.txt", text)
+    session.observe("end", {"reason": reason, "text": text, "run": run, **session.latest})
+    return Result(session.folder.path if session.folder else None, run, session.latest, text, reason)
+
+
+def sample(run: Run) -> str:
+    """A text from the model, when it is a causal one with a tokenizer."""
+    wanted, tokenizer = run.recipe.sample, getattr(run.data, "tokenizer", None)
+    if not wanted.tokens or tokenizer is None or not getattr(getattr(run.model, "config", None), "causal", False):
+        return ""
+    assert run.evaluate is not None
+    prompt = [tokenizer.end, *tokenizer.encode(wanted.prompt)]
+    chance = torch.Generator(run.device).manual_seed(run.seed)
+
+    def job(model: nn.Module) -> list[int]:
+        ids = torch.tensor(prompt, device=run.device)
+        return generate(model, ids, wanted.tokens, wanted.temperature, chance, tokenizer.end).tolist()
+
+    return tokenizer.decode([i for i in run.evaluate(job) if i != tokenizer.end])
