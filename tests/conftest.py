@@ -1,0 +1,22 @@
+"""One thread a worker, a cache of its own, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("scrimp", deadline=None, derandomize=True)
+settings.load_profile("scrimp")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["SCRIMP_CACHE"] = str(tmp_path_factory.getbasetemp().parent / "scrimp-cache")

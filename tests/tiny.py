@@ -1,0 +1,108 @@
+"""A tiny run: two seconds of everything, on tokens that are in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scrimp.recipe import Recipe
+from scrimp.registry import technique_class
+from scrimp.run import Run, build
+from scrimp.technique import Technique
+from scrimp.train import new_clock
+
+
+class Stream:
+    """Windows of fixed random tokens."""
+
+    def __init__(self, count: int, context: int, vocab: int, seed: int) -> None:
+        self.count, self.context = count, context
+        self.tokens = np.random.default_rng(seed).integers(0, vocab, count * context + 1)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def windows(self, ids: np.ndarray) -> np.ndarray:
+        return self.tokens[np.asarray(ids)[:, None] * self.context + np.arange(self.context + 1)]
+
+
+class Letters:
+    """A tokenizer of 32 ids."""
+
+    vocab, end = 32, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [1 + ord(letter) % 31 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """A data set in memory, as somebody's own package would bring it."""
+
+    context: int = 16
+    items: int = 40
+
+    def open(self) -> Any:
+        @dataclass
+        class Opened:
+            train: Stream
+            validation: Stream
+            tokenizer: Letters
+
+        return Opened(Stream(self.items, self.context, 32, 0), Stream(8, self.context, 32, 1), Letters())
+
+
+MODEL = {"layers": 4, "width": 32, "heads": 2, "dropout": 0.1}
+
+
+def example(name: str, **settings: Any) -> Technique:
+    """A technique with its card's example settings."""
+    kind = technique_class(name)
+    return kind(**{**kind.card.example, **settings})
+
+
+def recipe(*techniques: Technique, **settings: Any) -> Recipe:
+    """A tiny recipe; SGD is its update rule when no technique sets one."""
+    if not any("update rule" in t.card.sets for t in techniques):
+        techniques = (*techniques, technique_class("sgd")(lr=0.05))
+    settings = {"model": MODEL, "data": TinyData(), "batch": 4, "duration": "8 step"} | settings
+    settings.setdefault("log", {"tensorboard": False})
+    settings.setdefault("sample", {"tokens": 4})
+    return Recipe(techniques=techniques, **settings)
+
+
+def run_of(made: Recipe, **more: Any) -> Run:
+    """A built run of a recipe."""
+    data = made.data.open()
+    return build(made, data, new_clock(made, data), **more)
+
+
+def step(run: Run) -> None:
+    """One step, as the loop does it."""
+    assert run.backward and run.step and run.optimizer
+    batch = run.batch(run.clock.step)
+    count = run.task.count(batch)
+    run.set_lr()
+    run.backward(batch, count)
+    run.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.clock.tick(run.recipe.batch, int(count))
+
+
+def flat(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A state as one table of copies."""
+    return {f"{kind}/{name}": t.detach().clone() for kind, tensors in state.items() for name, t in tensors.items()}
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bitwise equality of two tables."""
+    assert a.keys() == b.keys(), f"different tensors: {sorted(a.keys() ^ b.keys())[:4]}"
+    off = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not off, f"{len(off)} tensors differ, first {off[0]}: {(a[off[0]] - b[off[0]]).abs().max()}"
