@@ -6,7 +6,8 @@ is named tensors, on the host or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -134,8 +135,8 @@ def build(
     """
     run = Run(recipe, arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
     run.decisions = dict(decisions or {})
-    with torch.device("meta"):
-        model = configured(recipe, data).build().to(getattr(torch, recipe.dtype))
+    with on_meta(getattr(torch, recipe.dtype)):
+        model = configured(recipe, data).build()
         run.base = frozenset(name for name, _ in model.named_parameters())
         run.model = model
         model = run.fold("model", model)
@@ -226,21 +227,32 @@ def freeze(model: nn.Module, techniques: Sequence[Technique]) -> None:
 
 
 def materialize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Meta tensors -> memory on the device. Shared parameters stay shared."""
-    names: dict[int, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(p), []).append(name)
-    model = model.to_empty(device=device)
-    for first, *others in (n for n in names.values() if len(n) > 1):
-        shared = model.get_parameter(first)
-        for name in others:
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent).register_parameter(child, shared)
+    """Meta tensors -> memory on the device. Shared parameters stay shared; `refill` fills what is no parameter."""
+    made: dict[int, nn.Parameter] = {}
     for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+            module.register_parameter(name, made[id(p)])
+        for name, b in module.named_buffers(recurse=False):
+            keep = name not in module._non_persistent_buffers_set  # noqa: SLF001
+            module.register_buffer(name, torch.empty_like(b, device=device), keep)
         refill = getattr(module, "refill", None)
         if refill is not None:
             refill()
     return model
+
+
+@contextmanager
+def on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside take no memory, and have this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
