@@ -121,6 +121,7 @@ def build(
     last: State | None = None,
     source: State | None = None,
     decisions: Mapping[str, Any] | None = None,
+    order: Arrangement | None = None,
 ) -> Run:
     """A run, ready to train.
 
@@ -130,10 +131,11 @@ def build(
         last: the finished stage, or the checkpoint that is resumed.
         source: weights that a new run starts from; what techniques add may be missing in it.
         decisions: what earlier stages decided, by technique.
+        order: the order of the slots instead of the cards' own; for tests of order.
     Raises:
         UserError: if techniques do not fit the model, or weights do not fit it.
     """
-    run = Run(recipe, arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
+    run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
     run.decisions = dict(decisions or {})
     with on_meta(getattr(torch, recipe.dtype)):
         model = configured(recipe, data).build()

@@ -68,6 +68,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "backward": ("micro-batch", "accumulated", "perturbed", "unscaled"),
     "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
     "evaluate": ("averaged",),
+    "export": ("merged", "averaged"),
 }
 """The order within a slot, innermost first: a later phase wraps an earlier one.
 

@@ -105,9 +105,8 @@ class Stack(Technique):
                 if source != int(match[1]):  # type: ignore[index]
                     continue
                 new, rest = i in copies, match[2]  # type: ignore[index]
-                if new and kind.startswith("optimizer.") and self.states == "reset":
-                    continue
-                zero = new and kind == "model" and self.zero_new and rest in OUTPUTS
+                fresh = kind.startswith("optimizer.") and self.states == "reset"
+                zero = new and (fresh or (kind == "model" and self.zero_new and rest in OUTPUTS))
                 grown[f"{prefix}.{i}.{rest}"] = torch.zeros_like(tensor) if zero else tensor
         return grown
 

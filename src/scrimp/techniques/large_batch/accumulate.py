@@ -1,12 +1,14 @@
-"""Gradient accumulation: a batch in micro-batches, one update.
+"""Gradient accumulation: a batch in parts, one update.
 
-    g = sum over micro-batches of d(summed loss) / d w / (tokens of the whole batch)
+    g = sum over parts of grad(summed loss of the part) / count of the whole batch
 
-The denominator is known before the first forward, so that the result is that of the whole batch however the counted
-tokens are spread: a mean of micro-batch means would weight sparse micro-batches too much.
+The denominator is the whole batch's, so that parts with few targets weigh little: the gradient is that of the whole
+batch, not a mean of means. Dropout does not depend on the split either.
 
-Saves: activation memory, by the number of parts. Costs: smaller matrix products, and a buffer of gradients that lives
-through the whole step. Not for: memory that is taken by weights and states.
+Source: Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, which warns of the denominator (section 3.3).
+
+Saves: activations, to about 1/parts of theirs. Costs: time where the parts become too small to keep the machine busy.
+Not for: batches that fit anyway, or a loss over pairs within the batch (contrastive).
 """
 
 from __future__ import annotations
@@ -14,48 +16,56 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from scrimp.run import Run
     from scrimp.technique import Backward, Batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulate(Technique):
-    """A batch in micro-batches."""
+    """A batch in parts, one update."""
 
     card = Card(
-        paper="Goyal et al., arXiv:1706.02677",
+        paper="arXiv:1706.02677",
         section="Large batch training",
-        saves="activation memory, by the number of parts",
-        costs="smaller matrix products",
+        saves="activations, to 1/parts",
+        costs="time, when parts are small",
         phase={"backward": "accumulated"},
         example={"parts": 2},
         neutral={"parts": 1},
     )
     parts: int = 2
-    """Micro-batches a batch."""
+    """Micro-batches a step; the last ones are a sample smaller where the batch does not divide."""
 
     def __post_init__(self) -> None:
         if self.parts < 1:
             raise UserError(f"parts must be at least 1, not {self.parts}.")
 
     def backward(self, backward: Backward, run: Run) -> Backward:
-        """Sum gradients and losses over the parts."""
+        """The inner backward over every part, with the count of the whole batch."""
+        if self.parts == 1:
+            return backward
         if self.parts > run.recipe.batch:
-            what = f"a batch of {run.recipe.batch} cannot be cut into {self.parts} parts."
-            raise UserError(what, run.where(self, "parts"), "Lower it, or raise `batch`.")
+            what = f"a batch of {run.recipe.batch} cannot be split into {self.parts} parts."
+            raise UserError(what, run.where(self, "parts"), "Raise `batch`, or lower `parts`.")
 
         def accumulated(batch: Batch, count: Tensor) -> Tensor:
-            pieces = [t.chunk(self.parts) for t in batch.values()]
-            losses = [backward(dict(zip(batch, piece, strict=True)), count) for piece in zip(*pieces, strict=True)]
-            total = losses[0]
-            for loss in losses[1:]:
-                total = total + loss
-            return total
+            first, *rest = split(batch, self.parts)
+            loss = backward(first, count)
+            for part in rest:
+                loss = loss + backward(part, count)
+            return loss
 
         return accumulated
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch in parts along its first dimension, as even as possible; never an empty one."""
+    size = len(next(iter(batch.values())))
+    pieces = {name: value.tensor_split(min(parts, size)) for name, value in batch.items()}
+    return [{name: piece[i] for name, piece in pieces.items()} for i in range(min(parts, size))]

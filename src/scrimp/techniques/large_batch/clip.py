@@ -1,16 +1,20 @@
-"""Clipping by the global norm: long gradients are shortened, their direction kept.
+"""Gradient clipping by the global norm.
 
-    g <- g min(1, c / ||g||),  ||g|| over all trained weights together
+    g <- g min(1, norm / (||g|| + 1e-6)),    ||g|| over all trained parameters together
 
-Paper: Pascanu et al., "On the difficulty of training recurrent neural networks", arXiv 1211.5063.
+Paper: Pascanu et al., "On the difficulty of training recurrent neural networks", ICML 2013, arXiv 1211.5063.
 
-Saves: runs that one bad batch would end. Costs: two passes over the gradients. Not for: Lion, whose step does not
-depend on the gradient's length (it acts there through the momentum only). A norm that is no number is not clipped
-away: the loop stops on it.
+Saves: runs that a few bad batches would throw off. Costs: a pass over the gradients. Not for: rules that normalize
+their update anyway (lion, lamb), where it does little.
+
+Once a step, after accumulation, unscaling and masks. A norm that is not finite makes all gradients NaN instead of
+hiding it: the next loss is then not finite, and the trainer stops and names the parameter. (autocast with float16
+skips such a step before it comes here.)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,34 +30,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Clip(Technique):
-    """Clip gradients by their global norm."""
+    """Gradient clipping by the global norm."""
 
     card = Card(
         paper="arXiv:1211.5063",
         section="Optimization",
-        saves="runs that one bad batch would end",
-        costs="two passes over the gradients",
+        saves="runs that a few bad batches would throw off",
+        costs="a pass over the gradients",
         phase={"step": "clipped"},
-        example={"norm": 0.5},
-        neutral={"norm": 0.0},
+        example={"norm": 0.1},
+        neutral={"norm": 1e999},
     )
     norm: float = 1.0
-    """c, the longest gradient; 0 for no limit."""
+    """Largest norm of all gradients together; infinity switches it off."""
 
     def __post_init__(self) -> None:
-        if self.norm < 0:
-            raise UserError(f"norm must be at least 0, not {self.norm}.")
+        if not self.norm > 0:
+            raise UserError(f"norm must be positive, not {self.norm}.", "", "Drop `clip` to switch clipping off.")
 
     def step(self, step: Step, run: Run) -> Step:
-        """Clip, then update."""
-        if not self.norm:
+        """Clip, then step."""
+        if math.isinf(self.norm):
             return step
 
         def clipped() -> bool:
             assert run.optimizer is not None
-            params = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if params:
-                clip_grads_with_norm_(params, self.norm, get_total_norm([p.grad for p in params]))
+            held = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            if held:
+                clip_grads_with_norm_(held, self.norm, get_total_norm([p.grad for p in held]))
             return step()
 
         return clipped

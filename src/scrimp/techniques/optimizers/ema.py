@@ -42,7 +42,7 @@ class EMA(Technique):
         saves="noise of the last steps",
         costs="a copy of the trained weights",
         sets=("averaged weights",),
-        phase={"step": "averaged", "evaluate": "averaged"},
+        phase={"step": "averaged", "evaluate": "averaged", "export": "averaged"},
         example={"decay": 0.9},
         neutral={"decay": 0.0},
     )

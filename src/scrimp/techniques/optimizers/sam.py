@@ -1,15 +1,17 @@
-"""Sharpness-aware minimization: the gradient is taken where the loss nearby is highest.
+"""Sharpness-aware minimization: descend with the gradient at the worst nearby point.
 
-    e  = rho g / (||g|| + 1e-12),  g the gradient at w, ||g|| over all trained weights together
-    g' = gradient at w + e, on the same batch with the same dropout
-    the update rule gets g' at w
+    e = rho g / (||g|| + 1e-12),   g = grad L(w),   ||g|| over all parameters together
+    update w with grad L(w + e), on the same batch
 
-Paper: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", arXiv 2010.01412.
+Paper: Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021,
+arXiv 2010.01412.
 
-Saves: nothing in a step; it buys generalization. Costs: a second forward and backward, and a copy of the weights
-between them. Not for: runs bound by time on plenty of data, as in most language-model pre-training. Decay belongs to
-the update rule alone, and clipping acts on g'. The weights are restored from a copy, since subtracting e would
-leave rounding behind.
+Saves: data, as flat minima generalize better; nothing in computation. Costs: a second forward and backward pass, and a
+copy of the weights between them. Not for: runs that see every sample once, where there is little to overfit.
+
+Both passes see the same batch and drop the same activations. The weights are restored from the copy, as subtracting e
+would leave rounding errors. Weight decay is the update rule's alone. The loss returned is that at w. With float16 both
+gradients are scaled, which e does not notice.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from scrimp.errors import UserError
-from scrimp.groups import trainable
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from scrimp.run import Run
     from scrimp.technique import Backward, Batch
@@ -33,43 +35,61 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SAM(Technique):
-    """Sharpness-aware minimization."""
+    """Sharpness-aware minimization: descend with the gradient at the worst nearby point."""
 
     card = Card(
         paper="arXiv:2010.01412",
         section="Optimization",
-        saves="nothing in a step: it buys generalization",
-        costs="a second forward and backward",
+        saves="data: flat minima generalize better",
+        costs="a second forward and backward pass; a copy of the weights",
         sets=("gradient point",),
         phase={"backward": "perturbed"},
         example={"rho": 0.05},
         neutral={"rho": 0.0},
     )
     rho: float = 0.05
-    """Length of the perturbation; the paper's values reach from 0.05 to 0.2."""
+    """Radius of the neighborhood, in the norm of all weights together."""
 
     def __post_init__(self) -> None:
-        if self.rho < 0:
-            raise UserError(f"rho must be at least 0, not {self.rho}.")
+        if not self.rho >= 0:
+            raise UserError(f"rho must not be negative, but is {self.rho}.")
 
     def backward(self, backward: Backward, run: Run) -> Backward:
-        """Gradient, perturbation, gradient, restoration."""
-        if not self.rho:
+        """Backward at w, then at w + e, leaving the second gradient."""
+        if self.rho == 0:
             return backward
 
         def perturbed(batch: Batch, count: Tensor) -> Tensor:
             loss = backward(batch, count)
-            moved = [p for p in trainable(run.model).values() if p.grad is not None]
-            grads = [p.grad for p in moved]
-            with torch.no_grad():
-                saved = [p.detach().clone() for p in moved]
-                factor = self.rho / (get_total_norm(grads) + 1e-12)
-                torch._foreach_add_(moved, torch._foreach_mul(grads, factor))
-            for p in moved:
-                p.grad = None
-            backward(batch, count)
-            with torch.no_grad():
-                torch._foreach_copy_(moved, saved)
+            held = [p for p in run.model.parameters() if p.grad is not None]
+            copies = perturb(held, self.rho)
+            try:
+                backward(batch, count)
+            finally:
+                restore(held, copies)
             return loss
 
         return perturbed
+
+
+@torch.no_grad()
+def perturb(parameters: Sequence[nn.Parameter], rho: float) -> list[Tensor]:
+    """w <- w + rho g / ||g||, and drop the gradients. Returns copies of the weights as they were."""
+    if not parameters:
+        return []
+    scale = rho / (get_total_norm([p.grad for p in parameters if p.grad is not None]) + 1e-12)
+    copies: list[Tensor] = []
+    for p in parameters:
+        assert p.grad is not None
+        copies.append(p.detach().clone())
+        p.add_(p.grad.mul_(scale.to(p.grad.dtype)))
+        # One at a time, so that the copies take the gradients' place in memory.
+        p.grad = None
+    return copies
+
+
+@torch.no_grad()
+def restore(parameters: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> None:
+    """Put the copies back."""
+    for p, copy in zip(parameters, copies, strict=True):
+        p.copy_(copy)

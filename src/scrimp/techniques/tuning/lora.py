@@ -40,7 +40,7 @@ class LoRA(Technique):
         costs="two thin products a layer",
         scope="targets",
         trains=("*.lora.*",),
-        phase={"model": "seams"},
+        phase={"model": "seams", "export": "merged"},
         example={"rank": 2, "targets": "attention.qkv|mlp.up"},
     )
     rank: int = 8
