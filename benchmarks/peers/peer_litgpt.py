@@ -1,12 +1,14 @@
 """LitGPT: its GPT under `litgpt.pretrain.setup`, the function behind `litgpt pretrain`.
 
-What differs from the other peers, because LitGPT has no option for it: rotary positions (on its default quarter of each
-head) instead of learned ones, AdamW not fused on a CPU, weight decay on vectors too, torch.compile always on, and two
-validation batches before the first step, one here. Only the data module is ours: LitGPT's own ones want text and litdata.
+What differs from the other peers, because LitGPT has no option for it: rotary positions (on its default quarter of
+each head) instead of learned ones, AdamW not fused on a CPU, weight decay on vectors too, torch.compile always on, and
+a validation of up to two batches (one here) before the first step. Only the data module is ours: LitGPT's own ones
+read text through litdata.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ def main() -> None:
         save_interval=None, log_interval=1, global_batch_size=w.batch, micro_batch_size=w.batch,
         max_tokens=job.steps * w.tokens, lr_warmup_steps=None, max_norm=CLIP, min_lr=LEARNING_RATE, tie_embeddings=True,
     )  # fmt: skip
+    sys.argv[1:] = ["bench"]  # its checkpoint reads the command line again, for the name of the model
     settings = {"lr": LEARNING_RATE, "betas": list(BETAS), "weight_decay": WEIGHT_DECAY}
     setup(
         "bench", model_config=config, out_dir=Path(job.scratch), precision="32-true", data=Data(job), train=train,

@@ -1,4 +1,4 @@
-"""The plain loop: a GPT and its training as one would write them by hand. Full logits, fused AdamW, eager or compiled."""
+"""The plain loop: a GPT and its training as one writes them by hand. Full logits, fused AdamW, eager or compiled."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from corpus import COUNT, build
 from table import Run, markdown, summary
 from workloads import WORKLOADS, Job, Workload
 
-HERE: Final = Path(__file__).parent
+HERE: Final = Path(__file__).resolve().parent
 PROJECT: Final = HERE.parent.parent
 TIMEOUT: Final = 1800
 """Seconds after which a peer's process is given up."""
@@ -50,33 +50,54 @@ PEERS: Final = {
 }
 
 
+@dataclass(frozen=True)
+class Bench:
+    """What all processes of a measurement share."""
+
+    venvs: Path
+    data: Path
+    work: Path
+    scrimp: Path
+    threads: int
+
+    def python(self, peer: Peer) -> Path:
+        """The interpreter that has the peer's packages."""
+        return self.scrimp.parent / "python" if peer.venv == "scrimp" else venvs.python(self.venvs, peer.venv)
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The same threads for all, no hub, byte code cached, and a compiler cache that is empty in the first round."""
+        kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        return kept | {
+            "OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor" / name), "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+
+
 def main() -> None:
     """Set up, measure, print, write."""
     args = arguments()
-    root = args.cache.expanduser()
-    peers = {name: PEERS[name] for name in args.peers}
-    for name in {peer.venv for peer in peers.values()} - {"scrimp"} | {"loop"}:
-        venvs.ensure(root / "venvs", name)
+    peers, root = {name: PEERS[name] for name in args.peers}, args.cache.expanduser()
+    for name in venvs.NAMES:
+        if name == "loop" or any(peer.venv == name for peer in peers.values()):
+            venvs.ensure(root / "venvs", name)
     if args.setup_only:
         return
     workload = WORKLOADS[args.workload]
-    data = build(root, workload)
-    work = fresh(root / "work")
-    if any(peer.venv == "scrimp" for peer in peers.values()) and (why := scrimp_fault(args, workload, data, work)):
+    bench = Bench(root / "venvs", build(root, workload), fresh(root / "work"), args.scrimp.absolute(), args.threads)
+    if any(peer.venv == "scrimp" for peer in peers.values()) and (why := scrimp_fault(bench, workload)):
         print(f"SKIPPED scrimp: {why}", flush=True)
         peers = {name: peer for name, peer in peers.items() if peer.venv != "scrimp"}
-    sizes = ["256"] if args.workload == "tiny" else ["1024", "2048", "4096"]
-    roofs = measure_roof(root, args.threads, sizes)
+    roofs = measure_roof(bench, tiny=args.workload == "tiny")
     roof = max(roofs.values())
     print(f"sgemm roof with {args.threads} threads: {roof / 1e9:.1f} GFLOP/s", flush=True)
-    runs = rounds(args, peers, workload, data, root, work)
+    runs = measure(bench, peers, workload, args.rounds, args.steps)
     rows = [summary(name, runs, workload, roof) for name in peers if any(run.peer == name for run in runs)]
     print("\n" + markdown(rows))
     write(args, {
         "workload": asdict(workload), "threads": args.threads, "rounds": args.rounds, "steps": args.steps,
         "roof": roofs, "machine": machine(), "commit": commit(),
-        "versions": {name: venvs.versions(interpreter(args, root, peer)) for name, peer in peers.items()},
-        "rows": rows, "runs": [asdict(run) for run in runs],
+        "versions": {name: venvs.versions(bench.python(peer)) for name, peer in peers.items()},
+        "rows": rows, "runs": [short(run) for run in runs],
     })  # fmt: skip
 
 
@@ -93,6 +114,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON to update (evidence/peers.json; for tiny none)")
     parser.add_argument("--setup-only", action="store_true", help="only create the environments")
     args = parser.parse_args()
+    if args.rounds < 1 or args.steps < 1:
+        parser.error("--rounds and --steps must be at least 1")
     if (args.steps + 2) * WORKLOADS[args.workload].tokens > COUNT:
         parser.error(f"--steps {args.steps} needs more tokens than the stream's {COUNT}")
     return args
@@ -105,79 +128,59 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def scrimp_fault(args: argparse.Namespace, workload: Workload, data: Path, work: Path) -> str:
-    """Why Scrimp cannot be measured, or nothing. Trains one tiny step, which also tokenizes the corpus, once."""
-    if not args.scrimp.exists():
-        return f"there is no {args.scrimp}"
-    tiny = replace(workload, blocks=1, width=32, heads=1, batch=1)
-    run = train("scrimp", PEERS["scrimp"], job(args, PEERS["scrimp"], tiny, 1, data, work), args, Path(sys.executable), 0)
-    return "" if run else f"a tiny run failed, see {work / 'log'}"
+def scrimp_fault(bench: Bench, workload: Workload) -> str:
+    """Why Scrimp cannot be measured, or nothing. Trains one small step, which also builds its token cache, once."""
+    if not bench.scrimp.exists():
+        return f"there is no {bench.scrimp}"
+    small = replace(workload, blocks=1, width=32, heads=1, batch=1)
+    run = train(bench, "scrimp", PEERS["scrimp"], small, steps=1, number=0)
+    return "" if run else "one small step failed"
 
 
-def rounds(
-    args: argparse.Namespace, peers: dict[str, Peer], workload: Workload, data: Path, root: Path, work: Path
-) -> list[Run]:
+def measure(bench: Bench, peers: dict[str, Peer], workload: Workload, rounds: int, steps: int) -> list[Run]:
     """A B C, A B C, ...: what the machine does to one peer it does to all."""
     runs: list[Run] = []
-    for number in range(1, args.rounds + 1):
+    for number in range(1, rounds + 1):
         for name, peer in peers.items():
-            task = job(args, peer, workload, args.steps + 1, data, work)
-            run = train(name, peer, task, args, interpreter(args, root, peer, script=True), number)
-            if run is None:
-                print(f"round {number} {name}: FAILED, see {work / 'log'}", flush=True)
-                continue
-            runs.append(run)
-            walls = " ".join(f"{line['wall']:.2f}" for line in run.lines)
-            print(f"round {number} {name}: {walls} s, {len(run.clean)}/{args.steps} clean", flush=True)
+            run = train(bench, name, peer, workload, steps + 1, number)
+            if run is not None:
+                runs.append(run)
+                walls = " ".join(f"{line['wall']:.2f}" for line in run.lines)
+                print(f"round {number} {name}: {walls} s, {len(run.clean)}/{steps} clean", flush=True)
     return runs
 
 
-def interpreter(args: argparse.Namespace, root: Path, peer: Peer, script: bool = False) -> Path:
-    """The Python of a peer's environment; Scrimp's script itself needs none and is run by ours."""
-    if peer.venv == "scrimp":
-        return Path(sys.executable) if script else args.scrimp.parent / "python"
-    return venvs.python(root / "venvs", peer.venv)
-
-
-def job(args: argparse.Namespace, peer: Peer, workload: Workload, steps: int, data: Path, work: Path) -> Job:
-    """What one process is told."""
-    scratch = fresh(work / "scratch")
-    return Job(workload, steps, str(data), str(work / "lines.jsonl"), str(scratch), {**peer.options, "scrimp": str(args.scrimp)})
-
-
-def train(name: str, peer: Peer, task: Job, args: argparse.Namespace, python: Path, number: int) -> Run | None:
-    """Run one process of a peer to its end; None if it failed."""
-    lines, work = Path(task.lines), Path(task.lines).parent
+def train(bench: Bench, name: str, peer: Peer, workload: Workload, steps: int, number: int) -> Run | None:
+    """Run one process of a peer to its end; None, and a line that says so, if it failed."""
+    lines, log = bench.work / "lines.jsonl", bench.work / "log" / f"{number}-{name}.txt"
     lines.unlink(missing_ok=True)
-    task.write(work / "job.json")
-    (work / "log").mkdir(exist_ok=True)
-    with (work / "log" / f"{number}-{name}.txt").open("w") as log:
-        began = time.time()
+    log.parent.mkdir(exist_ok=True)
+    scratch = fresh(bench.work / "scratch")
+    options = {**peer.options, "scrimp": str(bench.scrimp)}
+    Job(workload, steps, str(bench.data), str(lines), str(scratch), options).write(bench.work / "job.json")
+    # Scrimp's script starts the command itself, and needs no package.
+    python = sys.executable if peer.venv == "scrimp" else bench.python(peer)
+    command, began = [python, HERE / peer.script, bench.work / "job.json"], time.time()
+    with log.open("w", encoding="utf-8") as file:
         try:
-            done = subprocess.run([python, HERE / peer.script, work / "job.json"], cwd=task.scratch, timeout=TIMEOUT,
-                                  env=environment(name, args.threads, work), stdout=log, stderr=log)  # fmt: skip
+            code = subprocess.run(command, cwd=scratch, env=bench.environment(name), stdout=file, stderr=file,
+                                  timeout=TIMEOUT).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
-            return None
+            code = None
     measured = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    if done.returncode or len(measured) != task.steps:
+    if code != 0 or len(measured) != steps:
+        why = f"no end within {TIMEOUT} s" if code is None else f"exit code {code}, {len(measured)} of {steps} steps"
+        print(f"round {number} {name}: FAILED ({why}), see {log}", flush=True)
         return None
     return Run(name, number, measured[0]["end"] - began, measured)
 
 
-def environment(name: str, threads: int, work: Path) -> dict[str, str]:
-    """The same threads for all, no hub, byte code cached, and a compiler cache that is empty in the first round."""
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return kept | {
-        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor" / name), "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-
-
-def measure_roof(root: Path, threads: int, sizes: list[str]) -> dict[str, float]:
+def measure_roof(bench: Bench, tiny: bool) -> dict[str, float]:
     """The best rate of each size of square product, FLOP/s."""
-    command = [venvs.python(root / "venvs", "loop"), HERE / "roof.py", "3" if len(sizes) > 1 else "0", *sizes]
-    env = environment("roof", threads, root / "work")
-    return json.loads(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+    words = ["0", "256"] if tiny else ["3", "1024", "2048", "4096"]
+    command = [bench.python(PEERS["loop"]), HERE / "roof.py", *words]
+    done = subprocess.run(command, env=bench.environment("roof"), check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 def machine() -> dict[str, Any]:
@@ -189,21 +192,34 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The project's commit, `+` after it when files differ from it."""
+    """The project's commit, `+` after it when the sources differ from it."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", PROJECT, *words], capture_output=True, text=True).stdout.strip()
 
     return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "src") else "")
 
 
+def short(run: Run) -> dict[str, Any]:
+    """A run for the record: of each step wall seconds, foreign load and steal, the uncounted first one included."""
+    steps = [[round(line[key], 4) for key in ("wall", "foreign", "steal")] for line in run.lines]
+    peak = run.lines[-1]["peak_rss"]
+    return {"peer": run.peer, "round": run.round, "start": round(run.start, 2), "peak_rss": peak, "steps": steps}
+
+
 def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Put the workload's result into the evidence, beside the other workloads'."""
+    """Put the workload's result into the evidence, beside the other workloads'; one line a key."""
     if args.out is None and args.workload == "tiny":
         return
     path = args.out or PROJECT / "evidence" / "peers.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(known | {args.workload: result}, indent=1) + "\n")
+    known[args.workload] = result
+    parts = [
+        f'"{name}": {{\n' + ",\n".join(f'  "{key}": {json.dumps(value)}' for key, value in part.items()) + "\n }"
+        for name, part in known.items()
+    ]
+    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
     print(f"Wrote {path}")
 
 

@@ -46,7 +46,7 @@ def summary(peer: str, runs: Sequence[Run], workload: Workload, roof: float) -> 
     middle = median(clean) if clean else None
     rate = workload.tokens / middle if middle else None
     ratios = paired(mine, [run for run in runs if run.peer == "loop"])
-    peaks = {name: median(run.lines[-1]["peak_rss"] for run in runs if run.peer == name) for name in {r.peer for r in runs}}
+    peak, loop_peak = median_peak(runs, peer), median_peak(runs, "loop")
     starts = [run.start for run in sorted(mine, key=lambda run: run.round)]
     return {
         "peer": peer,
@@ -58,11 +58,17 @@ def summary(peer: str, runs: Sequence[Run], workload: Workload, roof: float) -> 
         "time_vs_loop": median(ratios) if ratios else None,
         "time_vs_loop_by_round": ratios,
         "share_of_roof": rate * workload.flops / roof if rate else None,
-        "peak_rss": peaks[peer],
-        "rss_vs_loop": peaks[peer] / peaks["loop"] if "loop" in peaks else None,
+        "peak_rss": peak,
+        "rss_vs_loop": peak / loop_peak if peak and loop_peak else None,
         "start_first": starts[0],
         "start_later": median(starts[1:]) if len(starts) > 1 else None,
     }
+
+
+def median_peak(runs: Sequence[Run], peer: str) -> float | None:
+    """Median over a peer's runs of the peak at the end of training, in bytes."""
+    peaks = [run.lines[-1]["peak_rss"] for run in runs if run.peer == peer]
+    return median(peaks) if peaks else None
 
 
 def paired(mine: Sequence[Run], base: Sequence[Run]) -> list[float]:

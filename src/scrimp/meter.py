@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live storages made inside the context, and their peak. Works on real and on fake tensors.
+
+    A storage counts from the operator that returns it until its last tensor is gone; views and aliases count once.
+    What an operator needs only while it runs is not seen.
 
     Attributes:
         live: bytes alive now, of storages made or registered since the context began.
@@ -26,32 +29,40 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._sizes: dict[int, int] = {}
 
     def register(self, value: Any) -> None:
         """Count the storages of tensors made before the context began."""
         for tensor in tree_iter(value):
             if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+                for storage in storages(tensor):
+                    self._add(storage)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata  # noqa: SLF001
-        if key in self._seen:
-            return
-        size = storage.nbytes()
-        self._seen.add(key)
-        self.live += size
+        # The Python object of a storage lives as long as the storage does, so its end is the end of the memory.
+        key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
+        if key not in self._sizes:
+            weakref.finalize(storage, self._drop, key).atexit = False
+        self.live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._drop, key, size)
 
-    def _drop(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.register(out)
         return out
+
+
+def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """The memory behind a tensor; that of its parts when it is a wrapper of others."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor.untyped_storage()]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    parts = [getattr(tensor, name) for name in names]
+    return [storage for part in parts if isinstance(part, torch.Tensor) for storage in storages(part)]
 
 
 def resident_peak() -> int:

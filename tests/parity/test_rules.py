@@ -80,7 +80,8 @@ def test_sam_agrees_with_pytorch_optimizer() -> None:
                 plain.step()
                 plain.zero_grad()
         weights.append(torch.cat([p.detach().flatten() for p in params]))
-    assert float((weights[0] - weights[1]).abs().max()) < 1e-13
+    # Theirs sums the norm in float32.
+    assert float((weights[0] - weights[1]).abs().max()) < 1e-8
 
 
 def test_lora_agrees_with_peft() -> None:

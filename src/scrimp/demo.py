@@ -1,0 +1,215 @@
+"""The demonstration: one small GPT on real text, twice, with the same budget, data and seed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from scrimp.errors import UserError
+from scrimp.recipe import Recipe
+from scrimp.registry import technique_class
+
+STEPS: Final = 220
+"""Of each run; about two minutes on two cores of 2024."""
+SECONDS: Final = 140.0
+"""Longest that one run may take; slower machines get fewer steps."""
+NAMES: Final = ("plain", "thrifty")
+
+
+def recipes(out: Path, steps: int) -> dict[str, Recipe]:
+    """The two recipes: same model, data, batch, seed and steps."""
+
+    def make(name: str, lr: float, **techniques: dict[str, Any]) -> Recipe:
+        chosen = tuple(technique_class(key)(**settings) for key, settings in techniques.items())
+        return Recipe(
+            model="gpt-4m",
+            data={"source": "python-stdlib", "vocab": 8192, "context": 256},
+            batch=8,
+            duration=f"{steps} step",
+            techniques=chosen,
+            validate={"every": 0.25, "batches": 6},
+            checkpoint={"every": 0},
+            log={"tensorboard": False},
+            sample={"prompt": "def ", "tokens": 96},
+            out=str(out),
+            name=name,
+        )
+
+    shared: dict[str, dict[str, Any]] = {"warmup_cosine": {"warmup": 0.1}, "clip": {"norm": 1.0}}
+    return {
+        "plain": make("plain", 1e-3, adamw={"lr": 1e-3}, **shared),
+        "thrifty": make(
+            "thrifty", 1e-3, adamw={"lr": 1e-3}, **shared, fused_loss={}, recompute={}, length_warmup={"start": 0.5}
+        ),
+    }
+
+
+def demo(out: Path, steps: int = 0) -> None:
+    """Train both in processes of their own, show them live, and compare.
+
+    Args:
+        out: folder of the runs, the table and the plot; runs of an earlier demonstration in it are kept.
+        steps: of each run; 0 chooses for this machine.
+    """
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    made = recipes(out, steps or _affordable(console))
+    rows: list[dict[str, Any]] = []
+    for name in NAMES:
+        console.print(f"\n[bold]{name}[/bold]: {', '.join(t.name for t in made[name].techniques)}")
+        rows.append(_watch(made[name], out, name, console))
+    table = _table(rows)
+    console.print(table)
+    for row in rows:
+        console.print(Text(f"\n--- {row['name']} writes ---\n{row['text']}"))
+    _plot(out, rows, console)
+    (out / "demo.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "curve"} for r in rows], indent=1))
+    console.print(f"\nBoth runs, demo.json and the plot are in {out}. It took {time.monotonic() - began:.0f} s.")
+
+
+def _affordable(console: Console) -> int:
+    """How many steps two runs may have so that the whole takes less than five minutes."""
+    import torch
+
+    from scrimp.meter import gemm_rate
+
+    rate = gemm_rate(torch.device("cpu"), seconds=0.5)
+    flops = 6 * 5.3e6 * 2048 * 1.35  # weights in products, tokens a step, recomputation
+    steps = int(min(STEPS, SECONDS * 0.45 * rate / flops))
+    console.print(f"This machine multiplies at {rate / 1e9:.0f} GFLOP/s: {max(steps, 20)} steps a run.")
+    return max(steps, 20)
+
+
+def _watch(recipe: Recipe, out: Path, name: str, console: Console) -> dict[str, Any]:
+    """Run one recipe in a process of its own, so that its peak memory is its own."""
+    path = out / f"{name}.yaml"
+    path.write_text(recipe.yaml())
+    before = set(out.iterdir())
+    command = [sys.executable, "-m", "scrimp", "train", str(path)]
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+    folder: Path | None = None
+    with Live(console=console, refresh_per_second=4, transient=False) as live:
+        while process.poll() is None:
+            time.sleep(0.25)
+            folder = folder or next((p for p in sorted(out.iterdir()) if p not in before and p.is_dir()), None)
+            live.update(_view(folder, recipe))
+        assert process.stdout is not None
+        lines = process.stdout.read().splitlines()
+        live.update(_view(folder, recipe))
+    if process.returncode != 0 or folder is None:
+        raise UserError(f"the {name} run failed: {' '.join(lines[-3:])}", "demo")
+    return {"name": name, "seconds": time.monotonic() - began, **_summary(folder)}
+
+
+def _steps(folder: Path | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of steps and of validations so far."""
+    path = folder / "metrics.jsonl" if folder else None
+    if path is None or not path.exists():
+        return [], []
+    found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [r for r in found if "loss" in r], [r for r in found if "validation_loss" in r]
+
+
+def _view(folder: Path | None, recipe: Recipe) -> Group:
+    steps, checks = _steps(folder)
+    total = int(recipe.duration.split()[0])
+    if not steps:
+        return Group(Text("  starting ..."))
+    last, done = steps[-1], len(steps)
+    recent = steps[-10:]
+    speed = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
+    bar = "█" * (30 * done // total) + "░" * (30 - 30 * done // total)
+    held = f"  held-out {checks[-1]['validation_loss']:.3f}" if checks else ""
+    line = f"  {bar} {done}/{total}  loss {last['loss']:.3f}{held}  {speed:,.0f} tok/s  {last['peak_bytes'] / 2**20:,.0f} MiB"
+    return Group(Text(line))
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    steps, checks = _steps(folder)
+    training = sum(r["seconds"] for r in steps[1:])
+    sample = folder / "sample.txt"
+    return {
+        "loss": checks[-1]["validation_loss"],
+        "training_seconds": training,
+        "tokens": sum(r["tokens"] for r in steps),
+        "tokens_per_second": sum(r["tokens"] for r in steps[1:]) / training,
+        "peak_bytes": steps[-1]["peak_bytes"],
+        "text": sample.read_text() if sample.exists() else "",
+        "curve": [(r["step"], r["loss"]) for r in steps],
+        "folder": str(folder),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Same model, data, seed and steps")
+    for column in ("", "held-out loss", "training s", "tokens", "tokens/s", "peak memory"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(row["name"], f"{row['loss']:.3f}", f"{row['training_seconds']:.0f}", f"{row['tokens']:,}",
+                      f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB")  # fmt: skip
+    return table
+
+
+def _plot(out: Path, rows: list[dict[str, Any]], console: Console) -> None:
+    """Loss against step: in the terminal always, as an SVG file too."""
+    console.print(Text("\n" + "\n".join(_braille(rows))))
+    (out / "demo.svg").write_text(_svg(rows))
+
+
+def _smooth(curve: list[tuple[int, float]], width: int) -> list[float]:
+    """The curve as `width` means."""
+    cells: list[list[float]] = [[] for _ in range(width)]
+    last = curve[-1][0]
+    for step, loss in curve:
+        cells[min(width - 1, (step - 1) * width // last)].append(loss)
+    values: list[float] = []
+    for cell in cells:
+        values.append(sum(cell) / len(cell) if cell else values[-1])
+    return values
+
+
+def _braille(rows: list[dict[str, Any]], width: int = 64, height: int = 12) -> list[str]:
+    """Both curves as text: `o` plain, `x` thrifty, `*` both."""
+    curves = [_smooth(row["curve"], width) for row in rows]
+    high, low = max(map(max, curves)), min(map(min, curves))
+    grid = [[" "] * width for _ in range(height)]
+    for curve, mark in zip(curves, "ox", strict=True):
+        for x, value in enumerate(curve):
+            y = round((high - value) / max(high - low, 1e-9) * (height - 1))
+            grid[y][x] = "*" if grid[y][x] not in (" ", mark) else mark
+    lines = [f"{high - (high - low) * y / (height - 1):6.2f} |{''.join(row)}" for y, row in enumerate(grid)]
+    return ["training loss (o plain, x thrifty, * both)", *lines, " " * 7 + "+" + "-" * width + " steps"]
+
+
+def _svg(rows: list[dict[str, Any]], width: int = 640, height: int = 360) -> str:
+    """Both curves as a small picture; colors that color-blind readers tell apart."""
+    colors = ("#0072b2", "#d55e00")
+    curves = [_smooth(row["curve"], 160) for row in rows]
+    high, low = max(map(max, curves)), min(map(min, curves))
+    lines: list[str] = []
+    for curve, color, row in zip(curves, colors, rows, strict=True):
+        points = " ".join(
+            f"{50 + x * (width - 70) / (len(curve) - 1):.1f},{20 + (high - v) / max(high - low, 1e-9) * (height - 60):.1f}"
+            for x, v in enumerate(curve)
+        )
+        lines.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>')
+        y = 30 + 18 * len(lines)
+        lines.append(f'<text x="{width - 150}" y="{y}" fill="{color}">{row["name"]}</text>')
+    frame = f'<text x="8" y="24">{high:.1f}</text><text x="8" y="{height - 36}">{low:.1f}</text>'
+    label = f'<text x="{width // 2 - 60}" y="{height - 8}">training loss by step</text>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="13"><rect width="100%" height="100%" fill="white"/>{frame}{label}{"".join(lines)}</svg>'
+    )
