@@ -1,0 +1,37 @@
+"""The code blocks of the documentation run, and its recipes are valid."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scrimp.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCKS = [
+    (page.name, i, language, code)
+    for page in PAGES
+    for i, (language, code) in enumerate(re.findall(r"```(python|yaml)\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "i", "code"), [(p, i, c) for p, i, kind, c in BLOCKS if kind == "python"])
+def test_python_runs(page: str, i: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, f"{page}:{i}", "exec"), {"__name__": f"docs_{i}"})
+
+
+@pytest.mark.parametrize(("page", "i", "code"), [(p, i, c) for p, i, kind, c in BLOCKS if kind == "yaml"])
+def test_recipes_are_valid(page: str, i: int, code: str) -> None:
+    raw = yaml.safe_load(code.replace("1e-", "1.0e-"))
+    if "model" in raw or "techniques" in raw:
+        Recipe.read({"techniques": {"adamw": {}}} | raw)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    Recipe.load(path)

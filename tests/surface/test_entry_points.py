@@ -1,0 +1,90 @@
+"""Techniques, models, tasks and data sets of somebody's own package join by entry points."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = '''
+"""Half the loss. Saves: nothing. Costs: nothing. Not for: anyone."""
+from dataclasses import dataclass
+from torch import nn
+import numpy as np
+from scrimp.technique import Card, Technique
+from scrimp.tasks.causal_lm import CausalLM
+
+@dataclass(frozen=True, kw_only=True)
+class Half(Technique):
+    card = Card(paper="none", section="Optimization", saves="nothing", costs="nothing")
+    factor: float = 0.5
+    """Of the loss."""
+    def loss(self, loss, run):
+        return lambda model, batch: loss(model, batch) * self.factor
+
+@dataclass(frozen=True)
+class Bigram:
+    vocab: int = 0
+    def build(self):
+        return Table(self.vocab)
+
+class Table(nn.Module):
+    def __init__(self, vocab):
+        super().__init__()
+        self.table = nn.Embedding(vocab, vocab)
+    def forward(self, tokens, targets=None, sample=None, smoothing=0.0):
+        logits = self.table(tokens)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+
+@dataclass(frozen=True)
+class MyTask(CausalLM):
+    pass
+'''
+POINTS = """
+[scrimp.techniques]
+half = mine:Half
+[scrimp.models]
+bigram = mine:Bigram
+[scrimp.tasks]
+my-task = mine:MyTask
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> dict[str, str]:
+    """An installed package, as pip would leave it."""
+    (tmp_path / "mine.py").write_text(CODE)
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(POINTS)
+    return os.environ | {"PYTHONPATH": str(tmp_path)}
+
+
+def scrimp(env: dict[str, str], *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "scrimp", *words], env=env, cwd=cwd, capture_output=True, text=True)
+
+
+def test_a_technique_of_others_is_listed_and_shown(package: dict[str, str]) -> None:
+    listed = {t["name"]: t for t in json.loads(scrimp(package, "list", "--json").stdout)}
+    assert listed["half"]["settings"]["factor"]["default"] == 0.5
+    assert listed["half"]["module"] == "mine"
+    assert "Half the loss" in scrimp(package, "show", "half").stdout
+
+
+def test_a_recipe_of_others_parts_trains(package: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("one two three\n\n" * 900)
+    (tmp_path / "r.yaml").write_text(
+        "model: {name: bigram}\ntask: {name: my-task}\n"
+        "data: {source: text.txt, tokenizer: bytes, context: 16, holdout: 0.3}\n"
+        "duration: 3 step\nbatch: 2\ntechniques: {sgd: {}, half: {}}\n"
+    )
+    done = scrimp(package, "train", "r.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = scrimp(package, "train", "--resume", "runs/run-sgd", "--extend", "2 step", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert len((tmp_path / "runs/run-sgd/metrics.jsonl").read_text().splitlines()) >= 5
