@@ -1,10 +1,10 @@
 """Scrimp trains Transformers on less: less computation, less data, less memory.
 
-    import scrimp
-    from scrimp.techniques.optimizers.lion import Lion
+import scrimp
+from scrimp.techniques.optimizers.lion import Lion
 
-    result = scrimp.train(scrimp.Recipe(model="gpt-4m", techniques=(Lion(lr=1e-4),), duration="200 step"))
-    model = scrimp.apply(model, [scrimp.technique("lora")(rank=8)])
+result = scrimp.train(scrimp.Recipe(model="gpt-4m", techniques=(Lion(lr=1e-4),), duration="200 step"))
+model = scrimp.apply(model, [scrimp.technique("lora")(rank=8)])
 """
 
 from __future__ import annotations

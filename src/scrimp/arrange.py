@@ -58,7 +58,7 @@ def declared(slot: str, a: Technique, b: Technique) -> bool:
     """Whether the cards of two techniques say which of them comes first in a slot."""
     first, second = a.card.phase.get(slot), b.card.phase.get(slot)
     replacing = (slot in a.card.replaces) != (slot in b.card.replaces)
-    return first != second and first is not None and second is not None or (replacing and first == second)
+    return (first != second and first is not None and second is not None) or (replacing and first == second)
 
 
 def scope(technique: Technique) -> str:

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Atomic snapshots without pickle: safetensors for tensors, JSON for the rest, a checksum for each file.
 
 A snapshot is written under a temporary name, flushed to disk, and renamed. A name without the temporary prefix is

@@ -24,7 +24,9 @@ app = typer.Typer(
 )
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", show_default=False)]
-Words = Annotated[list[str] | None, typer.Argument(help="Overrides: steps=200 lion.lr=3e-4 adamw=off.", metavar="[KEY=VALUE]...")]
+Words = Annotated[
+    list[str] | None, typer.Argument(help="Overrides: steps=200 lion.lr=3e-4 adamw=off.", metavar="[KEY=VALUE]...")
+]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 

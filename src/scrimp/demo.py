@@ -132,8 +132,8 @@ def _view(folder: Path | None, recipe: Recipe) -> Group:
     speed = sum(r["tokens"] for r in recent) / sum(r["seconds"] for r in recent)
     bar = "█" * (30 * done // total) + "░" * (30 - 30 * done // total)
     held = f"  held-out {checks[-1]['validation_loss']:.3f}" if checks else ""
-    line = f"  {bar} {done}/{total}  loss {last['loss']:.3f}{held}  {speed:,.0f} tok/s  {last['peak_bytes'] / 2**20:,.0f} MiB"
-    return Group(Text(line))
+    memory = f"{last['peak_bytes'] / 2**20:,.0f} MiB"
+    return Group(Text(f"  {bar} {done}/{total}  loss {last['loss']:.3f}{held}  {speed:,.0f} tok/s  {memory}"))
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -200,10 +200,8 @@ def _svg(rows: list[dict[str, Any]], width: int = 640, height: int = 360) -> str
     high, low = max(map(max, curves)), min(map(min, curves))
     lines: list[str] = []
     for curve, color, row in zip(curves, colors, rows, strict=True):
-        points = " ".join(
-            f"{50 + x * (width - 70) / (len(curve) - 1):.1f},{20 + (high - v) / max(high - low, 1e-9) * (height - 60):.1f}"
-            for x, v in enumerate(curve)
-        )
+        across, down = (width - 70) / (len(curve) - 1), (height - 60) / max(high - low, 1e-9)
+        points = " ".join(f"{50 + x * across:.1f},{20 + (high - v) * down:.1f}" for x, v in enumerate(curve))
         lines.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>')
         y = 30 + 18 * len(lines)
         lines.append(f'<text x="{width - 150}" y="{y}" fill="{color}">{row["name"]}</text>')

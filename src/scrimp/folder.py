@@ -134,7 +134,9 @@ def _wandb(recipe: Recipe, path: Path) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UserError("Weights & Biases is not installed.", "log.wandb", "pip install wandb, or leave it empty.") from None
+        raise UserError(
+            "Weights & Biases is not installed.", "log.wandb", "pip install wandb, or leave it empty."
+        ) from None
     return wandb.init(project=recipe.log.wandb, dir=str(path), name=path.name, config=recipe.dump(), resume="allow")
 
 

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """Parameter groups: each trainable parameter in exactly one, with its rule and its multipliers."""
 
 from __future__ import annotations
@@ -89,7 +90,12 @@ def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> d
 def param_groups(groups: Sequence[Group], lr: float, weight_decay: float, **more: Any) -> list[dict[str, Any]]:
     """Groups as torch's optimizers take them. `base_lr` is what schedules multiply."""
     return [
-        {"params": list(g.params.values()), "lr": lr * g.lr, "base_lr": lr * g.lr, "weight_decay": weight_decay * g.decay}
+        {
+            "params": list(g.params.values()),
+            "lr": lr * g.lr,
+            "base_lr": lr * g.lr,
+            "weight_decay": weight_decay * g.decay,
+        }
         | more
         for g in groups
         if g.params
@@ -134,7 +140,9 @@ def moments(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> dict[str
     return kinds
 
 
-def load_moments(optimizer: Optimizer, names: Mapping[str, nn.Parameter], kinds: Mapping[str, Mapping[str, Tensor]]) -> None:
+def load_moments(
+    optimizer: Optimizer, names: Mapping[str, nn.Parameter], kinds: Mapping[str, Mapping[str, Tensor]]
+) -> None:
     """Put moments back, exactly.
 
     Raises:

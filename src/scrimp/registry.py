@@ -108,9 +108,7 @@ def entry(name: str) -> Entry:
 def describe(name: str, kind: type[Technique]) -> Entry:
     """An entry from an imported class."""
     about = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()
-    settings = [
-        Setting(f.name, str(f.type), ... if f.default is MISSING else f.default, "") for f in fields(kind)
-    ]
+    settings = [Setting(f.name, str(f.type), ... if f.default is MISSING else f.default, "") for f in fields(kind)]
     slots = tuple(slot for slot in SLOTS if getattr(kind, slot) is not getattr(Technique, slot))
     return Entry(name, kind.__module__, kind.card, tuple(settings), slots, about)
 
@@ -158,3 +156,10 @@ def component(group: str, name: str, where: str) -> Any:
         return points[name].load()
     known = [*BUILT_IN[group], *points]
     raise UserError(f"there is no {group.rstrip('s')} `{name}`.", where, did_you_mean(name, known))
+
+
+def component_name(group: str, value: Any) -> str:
+    """The name under which a model, task or data set is registered."""
+    target = f"{type(value).__module__}:{type(value).__qualname__}"
+    names = BUILT_IN[group] | {point.name: point.value for point in entry_points(group=f"scrimp.{group}")}
+    return next((name for name, known in names.items() if known == target), target)

@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """A run, and how it is built: every slot folded over the techniques, and what crosses a stage.
 
 `build` is the same for training, resuming, planning and comparing. It holds no earlier model: what crosses a stage
@@ -6,8 +7,7 @@ is named tensors, on the host or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 from scrimp.arrange import Arrangement, arrange, scope
 from scrimp.clock import Clock
-from scrimp.draws import generator
-from scrimp.errors import UserError, did_you_mean
+from scrimp.errors import UserError
 from scrimp.groups import (
     Group,
     Multipliers,
@@ -33,8 +32,8 @@ from scrimp.groups import (
     patterns,
     trainable,
 )
-from scrimp.models.seams import matching
 from scrimp.technique import Technique
+from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -147,7 +146,8 @@ def build(
     initialize(run.model, run.seed)
     run.model = run.fold("init", run.model)
     state = run.fold("carry", last if last is not None else source or {})
-    load_weights(run, state, strict=last is not None, left_over=last is None)
+    if "model" in state:
+        load_weights(run.model, state["model"], lambda name: last is not None or name in run.base)
     run.optimizer = make_optimizer(run)
     run.factor = run.fold("schedule", lambda progress: 1.0)
     run.index = run.fold("items", np.arange(len(data.train)))
@@ -215,111 +215,6 @@ def configured(recipe: Recipe, data: Any) -> Any:
             fix = f"Set model.{name} to {given} or more, or lower data.{name}."
             raise UserError(f"the data's {name} is {given}, the model's {own}.", f"model.{name}", fix)
     return config
-
-
-def freeze(model: nn.Module, techniques: Sequence[Technique]) -> None:
-    """Train only what tuning methods name, when there is one."""
-    tuned = [(t.name, pattern) for t in techniques for pattern in t.card.trains]
-    if not tuned:
-        return
-    names = [name for name, _ in model.named_parameters()]
-    chosen = {n for who, pattern in tuned for n in matching(pattern, names, "parameter", f"techniques.{who}")}
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in chosen)
-
-
-def materialize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Meta tensors -> memory on the device. Shared parameters stay shared; `refill` fills what is no parameter."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            if id(p) not in made:
-                made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
-            module.register_parameter(name, made[id(p)])
-        for name, b in module.named_buffers(recurse=False):
-            keep = name not in module._non_persistent_buffers_set  # noqa: SLF001
-            module.register_buffer(name, torch.empty_like(b, device=device), keep)
-        refill = getattr(module, "refill", None)
-        if refill is not None:
-            refill()
-    return model
-
-
-@contextmanager
-def on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside take no memory, and have this type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> None:
-    """Fill every parameter from a generator of its own, so that adding one changes no other.
-
-    Args:
-        skip: ids of parameters to leave alone.
-    Raises:
-        UserError: if a module owns parameters and knows no way to fill them.
-    """
-    done = set(skip or ())
-    for path, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in done}
-        done |= {id(p) for p in own.values()}
-        if not own or any(isinstance(p, FakeTensor) for p in own.values()):
-            continue
-        fill = getattr(module, "initialize", None)
-        for name, p in own.items() if fill is not None else ():
-            value = torch.empty(p.shape, dtype=torch.float32)
-            fill(name, value, generator(seed, f"{path}.{name}" if path else name))  # type: ignore[misc]
-            p.copy_(value)
-        if fill is None:
-            reset = getattr(module, "reset_parameters", None)
-            if reset is None:
-                raise UserError(f"`{path}` ({type(module).__name__}) has no `initialize` or `reset_parameters`.", "model")
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(generator(seed, path).initial_seed())
-                reset()
-
-
-def persistent(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong into a checkpoint."""
-    kept = set(model.state_dict(keep_vars=True))
-    return {name: b for name, b in model.named_buffers() if name in kept}
-
-
-@torch.no_grad()
-def load_weights(run: Run, state: State, strict: bool, left_over: bool) -> None:
-    """Weights and buffers of a state into the model.
-
-    Args:
-        strict: whether what techniques added must be there too.
-        left_over: whether nothing may be left over beyond the model's own tensors.
-    Raises:
-        UserError: with every missing, unexpected and misshapen tensor.
-    """
-    given = state.get("model")
-    if given is None:
-        return
-    own: dict[str, Tensor] = {**dict(run.model.named_parameters()), **persistent(run.model)}
-    missing = [n for n in own if n not in given and (strict or n in run.base)]
-    if run.recipe.checkpoint.adapter_only and strict:
-        missing = [n for n in missing if own[n].requires_grad]
-    unexpected = [n for n in given if n not in own]
-    wrong = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in given.items()
-             if n in own and t.shape != own[n].shape]  # fmt: skip
-    if missing or unexpected or wrong:
-        lists = {"missing": missing, "unexpected": unexpected, "misshapen": wrong}
-        what = "; ".join(f"{kind}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-                         for kind, found in lists.items() if found)  # fmt: skip
-        near = did_you_mean(unexpected[0], own) if unexpected and not left_over else ""
-        raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", near)
-    for name, tensor in given.items():
-        own[name].copy_(tensor)
 
 
 def load_rest(run: Run, state: State) -> None:

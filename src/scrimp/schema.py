@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from scrimp.recipe import Checkpoint, GroupRule, Log, Recipe, Sample, Stop, Validate, adapter
+from scrimp.reading import adapter
+from scrimp.recipe import Checkpoint, GroupRule, Log, Recipe, Sample, Stop, Validate
 from scrimp.registry import BUILT_IN, component, modules, technique_class
 
 
@@ -62,7 +63,7 @@ def _about(name: str) -> str:
     body = ast.parse(inspect.getsource(Recipe)).body[0]
     assert isinstance(body, ast.ClassDef)
     for node, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                return str(after.value.value)
+        named = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name
+        if named and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            return str(after.value.value)
     return ""

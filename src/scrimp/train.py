@@ -1,3 +1,4 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The loop. Fine-tuning, pre-training, every task and every layout go through it."""
 
 from __future__ import annotations
@@ -6,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +157,8 @@ def _stage(run: Run, end: int, session: Session) -> str:
         record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": int(count),
                               "seconds": time.perf_counter() - began})  # fmt: skip
         del batch, loss
-        if validate and (clock.step % validate == 0 or clock.done):
-            if measure(run, session):
-                return "stopped early"
+        if validate and (clock.step % validate == 0 or clock.done) and measure(run, session):
+            return "stopped early"
         if session.interrupted:
             snapshot(run, session)
             return "interrupted"
@@ -205,7 +205,6 @@ def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
 
 def snapshot(run: Run, session: Session, name: str = "") -> Path:
     """Write a checkpoint into the run folder."""
-    assert session.folder is not None or True
     if session.folder is None:
         return Path()
     meta = {
@@ -215,7 +214,9 @@ def snapshot(run: Run, session: Session, name: str = "") -> Path:
         "worse": session.worse,
         "validation": session.latest,
     }
-    path = session.folder.save(run.state(run.recipe.checkpoint.adapter_only), meta, run.clock.step, run.recipe.checkpoint.keep, name)
+    path = session.folder.save(
+        run.state(run.recipe.checkpoint.adapter_only), meta, run.clock.step, run.recipe.checkpoint.keep, name
+    )
     session.observe("checkpoint", {"path": path})
     return path
 
@@ -262,7 +263,8 @@ def non_finite(run: Run, value: float) -> UserError:
     norms = {n: float(p.grad.float().norm()) for n, p in run.model.named_parameters() if p.grad is not None}
     bad = [n for n, norm in norms.items() if not math.isfinite(norm)]
     worst = bad[0] if bad else max(norms, key=lambda n: norms[n], default="none")
-    what = f"the loss is {value} at step {run.clock.step}; the largest gradient is that of `{worst}` ({norms.get(worst, 0):.3g})."
+    at = f"the largest gradient is that of `{worst}` ({norms.get(worst, 0):.3g})"
+    what = f"the loss is {value} at step {run.clock.step}; {at}."
     fix = "Try a lower learning rate, a longer warm-up, or clip; resume from the last checkpoint."
     return UserError(what, "training", fix)
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import TinyData, assert_equal, example, flat, recipe, run_of, step
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scrimp.errors import RecipeError, UserError
@@ -20,6 +19,7 @@ from scrimp.recipe import Recipe
 from scrimp.registry import catalogue, describe, modules, technique_class
 from scrimp.run import Run
 from scrimp.train import train
+from tiny import TinyData, assert_equal, example, flat, recipe, run_of, step
 
 NAMES = sorted(modules())
 SECTIONS = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import example, recipe, run_of
 from torch import Tensor
 
 from scrimp.errors import UserError
 from scrimp.run import Run
+from tiny import example, recipe, run_of
 
 
 def sparse(run: Run) -> tuple[dict[str, Tensor], Tensor]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import assert_equal, example, flat, recipe, run_of, step
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.run import Run
+from tiny import assert_equal, example, flat, recipe, run_of, step
 
 
 def scale_of(run: Run) -> Tensor:

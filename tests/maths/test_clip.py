@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import example
 from torch import nn
 
 from scrimp.errors import UserError
+from tiny import example
 
 
 def clipped(norm: float, *grads: list[float] | None) -> list[nn.Parameter]:

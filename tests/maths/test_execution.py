@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import MODEL, example, recipe, run_of
 
-from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
 from scrimp.run import Run
-from scrimp.techniques.attention.fused_loss import ChunkedCrossEntropy
+from tiny import MODEL, example, recipe, run_of
 
 
 def gradients(run: Run) -> tuple[dict[str, torch.Tensor], int]:
@@ -56,62 +51,3 @@ def test_compiled_blocks_give_the_same_gradients() -> None:
     plain, _ = gradients(run_of(recipe()))
     fused, _ = gradients(run_of(recipe(example("compile", backend="inductor"))))
     assert all(torch.allclose(plain[n], fused[n], atol=1e-6) for n in plain)
-
-
-def exact(rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-    return F.cross_entropy(rows @ weight.t(), targets, reduction="sum", label_smoothing=smoothing)
-
-
-@given(st.integers(1, 9), st.integers(1, 12), st.sampled_from([0.0, 0.2]), st.booleans())
-def test_the_fused_loss_is_exact_in_any_chunks(rows: int, chunk: int, smoothing: float, holes: bool) -> None:
-    torch.manual_seed(rows)
-    x = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
-    target = torch.randint(0, 7, (rows,))
-    if holes:
-        target[rows // 2 :] = -100
-    results = []
-    for loss in (exact(x, w, target, smoothing),
-                 ChunkedCrossEntropy.apply(x, w, target, smoothing, chunk, torch.float64, (True, True))):  # fmt: skip
-        results.append((loss.detach(), *torch.autograd.grad(3 * loss, (x, w))))
-    for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, atol=1e-13)
-
-
-def test_the_fused_loss_survives_logits_that_underflow() -> None:
-    x = torch.tensor([[1000.0, 0.0]])
-    w = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    loss = ChunkedCrossEntropy.apply(x, w, torch.tensor([1]), 0.0, 4, torch.float32, (False, False))
-    assert float(loss) == 1000
-
-
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 and later")
-def test_torch_kernel_gives_the_same() -> None:
-    ours, _ = gradients(run_of(recipe(example("fused_loss"), dtype="float64")))
-    theirs, _ = gradients(run_of(recipe(example("fused_loss", kernel="torch"), dtype="float64")))
-    assert all(torch.allclose(ours[n], theirs[n], atol=1e-13) for n in ours)
-
-
-def test_the_fused_loss_never_holds_the_logits() -> None:
-    big = {"vocab": 4096, "layers": 1, "width": 8, "heads": 1}
-    _, high = gradients(run_of(recipe(model=big)))
-    _, low = gradients(run_of(recipe(example("fused_loss", chunk=8), model=big)))
-    logits = 4 * 4 * 16 * 4096
-    assert high - low > logits
-
-
-def test_the_fused_loss_under_autocast_is_close_and_sums_wide() -> None:
-    plain, _ = gradients(run_of(recipe()))
-    fused, _ = gradients(run_of(recipe(example("fused_loss"), example("autocast"))))
-    assert all(torch.allclose(plain[n], fused[n], atol=3e-3) for n in plain)
-
-
-def test_a_frozen_head_costs_no_gradient() -> None:
-    grads, _ = gradients(run_of(recipe(example("fused_loss"), example("lora"))))
-    assert all("lora" in n for n in grads)
-
-
-def test_an_adapter_on_the_head_is_refused_by_name() -> None:
-    run = run_of(recipe(example("fused_loss"), example("lora", targets="head")))
-    with pytest.raises(UserError, match="the head is changed on its output"):
-        gradients(run)

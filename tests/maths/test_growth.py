@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import example, recipe, run_of
 
 from scrimp.errors import UserError
 from scrimp.train import new_clock, train
+from tiny import example, recipe, run_of
 
 
-def staged(stage: int, **settings: object):  # noqa: ANN201
+def staged(stage: int, **settings: object):
     """A stacked run at a stage, from the state of the stage before."""
     made = recipe(example("stack", at=("4 step",), **settings), dtype="float64")
     first = run_of(made)
@@ -51,8 +51,8 @@ def test_momentum_of_copies(states: str, same: bool) -> None:
     momenta = result.run.state()["optimizer.momentum_buffer"]
     assert "blocks.3.mlp.up.weight" in momenta
     assert result.run.clock.cuts == [4]
-    grown = made.techniques[0].carry({"model": {"blocks.0.x": torch.ones(1)}, "optimizer.m": {"blocks.0.x": torch.ones(1)}},
-                                     result.run)  # fmt: skip
+    one = {"blocks.0.x": torch.ones(1)}
+    grown = made.techniques[0].carry({"model": one, "optimizer.m": one}, result.run)
     assert bool(grown["optimizer.m"]["blocks.3.x"] == 1) is same
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import example, recipe, run_of, step
 from torch import nn
 
 import scrimp
 from scrimp.errors import UserError
 from scrimp.registry import technique_class
 from scrimp.run import exported
+from tiny import example, recipe, run_of, step
 
 LoRA = technique_class("lora")
 

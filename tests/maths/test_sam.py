@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import example, recipe, run_of
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from tiny import example, recipe, run_of
 
 A = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tiny import example, recipe, run_of, step
 
 from scrimp.errors import UserError
 from scrimp.run import Run
+from tiny import example, recipe, run_of, step
 
 
 def gradients(run: Run, holes: bool = False) -> dict[str, torch.Tensor]:

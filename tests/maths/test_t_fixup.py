@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from tiny import example, recipe, run_of, step
 
 

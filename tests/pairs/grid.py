@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from tiny import example, flat, recipe, run_of
 
 from scrimp.arrange import Arrangement, arrange, clash, declared
 from scrimp.meter import LiveBytes
@@ -16,6 +15,7 @@ from scrimp.recipe import Recipe
 from scrimp.registry import modules, technique_class
 from scrimp.run import Run, exported
 from scrimp.technique import SLOTS, overrides
+from tiny import example, flat, recipe, run_of
 
 NOT_FOLDED = {"stages", "decide", "price"}
 STEPS = 8

@@ -14,7 +14,7 @@ from scrimp.errors import UserError
 from scrimp.models import hub
 from scrimp.models.presets import expand
 from scrimp.models.transformer import TransformerConfig
-from scrimp.run import initialize, materialize
+from scrimp.weights import initialize, materialize
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64}  # fmt: skip

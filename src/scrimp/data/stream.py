@@ -11,7 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one split on disk. Windows do not overlap; neighbors share one token, a target here and an input there."""
+    """Tokens of one split on disk.
+
+    Windows do not overlap; neighbors share one token, a target here and an input there.
+    """
 
     path: Path
     dtype: str

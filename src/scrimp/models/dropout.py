@@ -33,6 +33,7 @@ class Dropout(nn.Module):
         return x * keep(x.shape, sample, self.site, self.p, x.device).to(x.dtype) / (1 - self.p)
 
 
+@torch.compiler.disable  # inductor makes invalid C++ of these integer products
 def keep(shape: torch.Size, sample: Tensor, site: int, p: float, device: torch.device) -> Tensor:
     """Boolean mask [B, T, C], True with probability 1 - p."""
     _, tokens, width = shape

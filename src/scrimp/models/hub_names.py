@@ -91,7 +91,8 @@ def _gpt2_from(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
         "vocab": raw["vocab_size"], "context": raw["n_positions"], "layers": raw["n_layer"], "width": raw["n_embd"],
         "heads": raw["n_head"], "hidden": raw.get("n_inner") or 0, "norm": "layernorm",
         "norm_eps": raw.get("layer_norm_epsilon", 1e-5), "positions": "learned", "activation": activations[activation],
-        "bias": True, "tied": bool(raw.get("tie_word_embeddings", True)), "init_std": raw.get("initializer_range", 0.02),
+        "bias": True, "tied": bool(raw.get("tie_word_embeddings", True)),
+        "init_std": raw.get("initializer_range", 0.02),
     }  # fmt: skip
 
 
@@ -175,7 +176,8 @@ def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
                     shapes[f"{h}.self_attn.{name}.bias"] = (rows,)
             shapes |= {f"{h}.self_attn.o_proj.weight": (c.width, q), f"{h}.mlp.gate_proj.weight": (c.mlp, c.width),
                        f"{h}.mlp.up_proj.weight": (c.mlp, c.width), f"{h}.mlp.down_proj.weight": (c.width, c.mlp),
-                       f"{h}.input_layernorm.weight": (c.width,), f"{h}.post_attention_layernorm.weight": (c.width,)}  # fmt: skip
+                       f"{h}.input_layernorm.weight": (c.width,),
+                       f"{h}.post_attention_layernorm.weight": (c.width,)}  # fmt: skip
             if family == "qwen3":
                 shapes |= {f"{h}.self_attn.q_norm.weight": (c.head,), f"{h}.self_attn.k_norm.weight": (c.head,)}
     if not c.tied:
@@ -188,11 +190,17 @@ GPT2: Final = {
     "ln_1": "attention_norm", "ln_2": "mlp_norm",
 }  # fmt: skip
 LLAMA: Final = {
-    "self_attn.o_proj": "attention.proj", "self_attn.q_norm": "attention.q_norm", "self_attn.k_norm": "attention.k_norm",
+    "self_attn.o_proj": "attention.proj", "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
     "mlp.gate_proj": "mlp.gate", "mlp.up_proj": "mlp.up", "mlp.down_proj": "mlp.down",
     "input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm",
 }  # fmt: skip
-GPT2_OUTER: Final = {"transformer.wte": "embed", "transformer.wpe": "positions", "transformer.ln_f": "norm", "lm_head": "head"}
+GPT2_OUTER: Final = {
+    "transformer.wte": "embed",
+    "transformer.wpe": "positions",
+    "transformer.ln_f": "norm",
+    "lm_head": "head",
+}
 LLAMA_OUTER: Final = {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}
 
 

@@ -11,14 +11,16 @@ LLAMA: Final[dict[str, Any]] = {
     "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False, "tied": False,
 }  # fmt: skip
 
+GPT2: Final[dict[str, Any]] = {"vocab": 50257, "context": 1024, "activation": "gelu_tanh"}
+
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "gpt-1m": {"layers": 4, "width": 128, "heads": 4},
     "gpt-4m": {"layers": 4, "width": 256, "heads": 4},
     "gpt-10m": {"layers": 6, "width": 384, "heads": 6},
     "gpt-30m": {"layers": 8, "width": 512, "heads": 8},
-    "gpt2-small": {"layers": 12, "width": 768, "heads": 12, "vocab": 50257, "context": 1024, "activation": "gelu_tanh"},
-    "gpt2-medium": {"layers": 24, "width": 1024, "heads": 16, "vocab": 50257, "context": 1024, "activation": "gelu_tanh"},
-    "gpt2-large": {"layers": 36, "width": 1280, "heads": 20, "vocab": 50257, "context": 1024, "activation": "gelu_tanh"},
+    "gpt2-small": {"layers": 12, "width": 768, "heads": 12, **GPT2},
+    "gpt2-medium": {"layers": 24, "width": 1024, "heads": 16, **GPT2},
+    "gpt2-large": {"layers": 36, "width": 1280, "heads": 20, **GPT2},
     "gpt-1.3b": {"layers": 24, "width": 2048, "heads": 16, "vocab": 50257, "context": 2048},
     "llama-1m": {"layers": 4, "width": 128, "heads": 4, **LLAMA},
     "llama-10m": {"layers": 6, "width": 384, "heads": 6, "kv_heads": 2, **LLAMA},

@@ -94,7 +94,9 @@ def matching(pattern: str, names: list[str], what: str, where: str = "") -> list
         UserError: if it matches none, with the nearest names. A technique that hits nothing is a mistake.
     """
     alternatives = [part.strip() for part in pattern.split("|")]
-    found = [n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in alternatives)]
+    found = [
+        n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in alternatives)
+    ]
     if not found:
         short = {n.rpartition(".")[2] for n in names} | {".".join(n.split(".")[-2:]) for n in names}
         raise UserError(f"`{pattern}` matches no {what}.", where, did_you_mean(alternatives[0], short))

@@ -122,7 +122,10 @@ class Embedding(nn.Module):
 
 
 class AttentionCore(nn.Module):
-    """Exact attention by torch's fused kernel. A replaceable seam: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D]."""
+    """Exact attention by torch's fused kernel, a replaceable seam.
+
+    Shapes: q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D].
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
         grouped = k.shape[1] != q.shape[1]
@@ -143,7 +146,9 @@ class Attention(nn.Module):
         self.q_norm = Norm(c.head, "rmsnorm", c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head, "rmsnorm", c.norm_eps) if c.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: list[Tensor] | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: list[Tensor] | None
+    ) -> Tensor:
         batch, tokens, _ = x.shape
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = self.qkv(x).view(batch, tokens, -1, self.width).transpose(1, 2).split(heads, dim=1)

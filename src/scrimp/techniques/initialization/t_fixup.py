@@ -53,7 +53,9 @@ class TFixup(Technique):
         for name, block in blocks(model, run.where(self)).items():
             for seam in self.card.needs:
                 if not isinstance(getattr(block, seam, None), nn.Module):
-                    raise UserError(f"`{name}` has no `{seam}` to remove.", run.where(self), "Use the house Transformer.")
+                    raise UserError(
+                        f"`{name}` has no `{seam}` to remove.", run.where(self), "Use the house Transformer."
+                    )
                 setattr(block, seam, nn.Identity())
         model.norm = nn.Identity()
         model.embed_scale = Times(math.sqrt(model.config.width))  # type: ignore[union-attr]
@@ -76,7 +78,9 @@ class TFixup(Technique):
                     self._fill(f"{path}.{name}", layer, branch, run.seed, int(kv))
         for name, p in model.named_parameters():
             if name == "embed.weight":
-                value = torch.empty(p.shape).normal_(0, p.shape[1] ** -0.5, generator=generator(run.seed, f"t_fixup/{name}"))
+                value = torch.empty(p.shape).normal_(
+                    0, p.shape[1] ** -0.5, generator=generator(run.seed, f"t_fixup/{name}")
+                )
                 p.copy_(value * shrink)
             elif name == "head.weight":
                 p.copy_(_xavier(p.shape, run.seed, name))

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import example
 from torch import Tensor, nn
+
+from tiny import example
 
 library = pytest.importorskip("pytorch_optimizer")
 

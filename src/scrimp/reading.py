@@ -1,0 +1,181 @@
+"""Reading recipes: YAML, overrides, validation, and faults that say where and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from scrimp.errors import UserError, did_you_mean
+from scrimp.registry import modules, technique_class
+from scrimp.technique import Technique
+
+
+def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
+    """Techniques from a mapping `{name: settings}` or a list of names and one-entry mappings."""
+    faults: list[UserError] = []
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(raw, Mapping):
+        pairs = [(str(name), settings) for name, settings in raw.items()]
+    elif isinstance(raw, list | tuple):
+        for i, item in enumerate(raw):
+            if isinstance(item, Technique):
+                pairs.append((item.name, item))
+            elif isinstance(item, str):
+                pairs.append((item, {}))
+            elif isinstance(item, Mapping) and len(item) == 1:
+                pairs.append(next((str(k), v) for k, v in item.items()))
+            else:
+                fix = "Write `- lion` or `- lion: {lr: 1e-4}`."
+                faults.append(UserError(f"is not a technique: {item!r}.", f"techniques[{i}]", fix))
+    else:
+        faults.append(UserError(f"must be a mapping or a list, not {raw!r}.", "techniques"))
+    found: list[Technique] = []
+    for name, settings in pairs:
+        where = f"techniques.{name}"
+        if isinstance(settings, Technique):
+            found.append(settings)
+            continue
+        try:
+            kind = technique_class(name)
+        except UserError as error:
+            faults.append(error)
+            continue
+        technique = validated(kind, {} if settings is None or settings is True else settings, where, faults)
+        if technique is not None:
+            found.append(technique)
+    return tuple(found), faults
+
+
+def dump_techniques(techniques: Sequence[Technique]) -> Any:
+    """As `read_techniques` reads them back."""
+    names = [t.name for t in techniques]
+    if len(set(names)) == len(names):
+        return {t.name: plain(t.settings()) for t in techniques}
+    return [{t.name: plain(t.settings())} for t in techniques]
+
+
+@cache
+def adapter(kind: Any) -> TypeAdapter[Any]:
+    """pydantic's validator of a type."""
+    return TypeAdapter(kind)
+
+
+def validated(kind: Any, value: Any, where: str, faults: list[UserError]) -> Any:
+    """A value as `kind`, or None with its faults added."""
+    try:
+        return adapter(kind).validate_python(value)
+    except UserError as error:
+        faults.append(error if error.where else UserError(error.what, where, error.fix))
+    except ValidationError as error:
+        for detail in error.errors():
+            faults.append(_fault(kind, detail, where))
+    return None
+
+
+def _fault(kind: Any, detail: Any, where: str) -> UserError:
+    path = ".".join([where, *(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "union")))])
+    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+        return UserError(f"unknown setting `{detail['loc'][-1]}`.", path, did_you_mean(str(detail["loc"][-1]), known))
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return UserError(cause.what, cause.where or path, cause.fix)
+    message = str(cause) if cause is not None else f"{detail['msg']} (got {detail['input']!r})"
+    return UserError(message[0].lower() + message[1:] + ("" if message.endswith(".") else "."), path)
+
+
+def plain(value: Any) -> Any:
+    """As YAML's plain types."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    return value
+
+
+def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[UserError]]:
+    """Apply `key=value` words: `batch=8`, `steps=200`, `lion.lr=3e-4`, `adamw=off`, `data.context=128`."""
+    values, faults = {str(key): item for key, item in raw.items()}, list[UserError]()
+    techniques = values.get("techniques") or {}
+    named = dict(_pairs(techniques)) if not isinstance(techniques, list) or _unique(techniques) else None
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            faults.append(UserError(f"`{word}` is not `key=value`.", "command line", "Write for example `steps=200`."))
+            continue
+        value = yaml.load(text, Loader=Loader) if text else ""
+        head, *rest = key.removeprefix("techniques.").split(".")
+        if head in modules() and named is not None:
+            if not rest:
+                named.pop(head, None)
+                if value is not False:
+                    named[head] = value
+            else:
+                _put(named, [head, *rest], value)
+        elif head in modules():
+            fix = "Edit the recipe: a technique appears twice in it."
+            faults.append(UserError(f"cannot tell which `{head}` is meant.", "command line", fix))
+        else:
+            _put(values, ["model", "preset"] if key == "model" else key.split("."), value)
+    if named is not None:
+        values["techniques"] = named
+    if "steps" in values:
+        values["duration"] = f"{values.pop('steps')} step"
+    return values, faults
+
+
+def _pairs(techniques: Any) -> list[tuple[str, Any]]:
+    items = techniques.items() if isinstance(techniques, Mapping) else []
+    if isinstance(techniques, list):
+        items = [next(iter(t.items())) if isinstance(t, Mapping) and len(t) == 1 else (str(t), {}) for t in techniques]
+    return [(str(name), settings) for name, settings in items]
+
+
+def _unique(techniques: list[Any]) -> bool:
+    names = [name for name, _ in _pairs(techniques)]
+    return len(set(names)) == len(names) and not any(isinstance(t, Technique) for t in techniques)
+
+
+def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(part)
+        inner = {"preset": inner} if isinstance(inner, str) and part == "model" else inner
+        values[part] = values = dict(inner) if isinstance(inner, Mapping) else {}
+    values[path[-1]] = value
+
+
+class Loader(yaml.SafeLoader):
+    """The safe loader, reading `1e-4` as a float, as YAML 1.2 does, and raising on a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        key: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+        for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; a repeated key is an error instead of a silent overwrite."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key}` is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:(?:[0-9][0-9_]*)?\.[0-9_]+|[0-9][0-9_]*\.?)(?:[eE][-+]?[0-9]+)$"
+               r"|^[-+]?[0-9][0-9_]*\.[0-9_]*$|^[-+]?\.[0-9]+$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)  # fmt: skip

@@ -1,0 +1,118 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What happens to a model's tensors before training: memory, first values, given values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from scrimp.draws import generator
+from scrimp.errors import UserError, did_you_mean
+from scrimp.models.seams import matching
+from scrimp.technique import Technique
+
+
+def freeze(model: nn.Module, techniques: Sequence[Technique]) -> None:
+    """Train only what tuning methods name, when there is one."""
+    tuned = [(t.name, pattern) for t in techniques for pattern in t.card.trains]
+    if not tuned:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    chosen = {n for who, pattern in tuned for n in matching(pattern, names, "parameter", f"techniques.{who}")}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in chosen)
+
+
+def materialize(model: nn.Module, device: torch.device) -> nn.Module:
+    """Meta tensors -> memory on the device. Shared parameters stay shared; `refill` fills what is no parameter."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if id(p) not in made:
+                made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+            module.register_parameter(name, made[id(p)])
+        for name, b in module.named_buffers(recurse=False):
+            keep = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, torch.empty_like(b, device=device), keep)
+        refill = getattr(module, "refill", None)
+        if refill is not None:
+            refill()
+    return model
+
+
+@contextmanager
+def on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside take no memory, and have this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> None:
+    """Fill every parameter from a generator of its own, so that adding one changes no other.
+
+    Args:
+        skip: ids of parameters to leave alone.
+    Raises:
+        UserError: if a module owns parameters and knows no way to fill them.
+    """
+    done = set(skip or ())
+    for path, module in model.named_modules():
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in done}
+        done |= {id(p) for p in own.values()}
+        if not own or any(isinstance(p, FakeTensor) for p in own.values()):
+            continue
+        fill = getattr(module, "initialize", None)
+        for name, p in own.items() if fill is not None else ():
+            value = torch.empty(p.shape, dtype=torch.float32)
+            fill(name, value, generator(seed, f"{path}.{name}" if path else name))  # type: ignore[misc]
+            p.copy_(value)
+        if fill is None:
+            reset = getattr(module, "reset_parameters", None)
+            if reset is None:
+                raise UserError(
+                    f"`{path}` ({type(module).__name__}) has no `initialize` or `reset_parameters`.", "model"
+                )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(generator(seed, path).initial_seed())
+                reset()
+
+
+def persistent(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong into a checkpoint."""
+    kept = set(model.state_dict(keep_vars=True))
+    return {name: b for name, b in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, given: Mapping[str, Tensor], needed: Callable[[str], bool]) -> None:
+    """Weights and buffers into a model.
+
+    Args:
+        given: tensors by name; each must belong to the model.
+        needed: which of the model's own tensors must be given.
+    Raises:
+        UserError: with every missing, unexpected and misshapen tensor.
+    """
+    own: dict[str, Tensor] = {**dict(model.named_parameters()), **persistent(model)}
+    missing = [n for n in own if n not in given and needed(n)]
+    unexpected = [n for n in given if n not in own]
+    wrong = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in given.items()
+             if n in own and t.shape != own[n].shape]  # fmt: skip
+    if missing or unexpected or wrong:
+        lists = {"missing": missing, "unexpected": unexpected, "misshapen": wrong}
+        what = "; ".join(f"{kind}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+                         for kind, found in lists.items() if found)  # fmt: skip
+        near = did_you_mean(unexpected[0], own) if unexpected else ""
+        raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", near)
+    for name, tensor in given.items():
+        own[name].copy_(tensor)

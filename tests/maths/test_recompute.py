@@ -1,0 +1,188 @@
+"""Recomputation: the same gradients, fewer bytes; and the counter of bytes itself."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scrimp.errors import UserError
+from scrimp.meter import LiveBytes
+from scrimp.run import Run, apply
+from scrimp.technique import Technique
+from tiny import assert_equal, example, recipe, run_of
+
+LONG = {"layers": 6, "width": 32, "heads": 2, "dropout": 0.0}
+MODES = [("block", "products"), ("selective", "products"), ("selective", "half"), ("selective", "attention")]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.attention = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        self.products += name in ("mm", "addmm")
+        self.attention += name == "_scaled_dot_product_flash_attention_for_cpu"
+        return func(*args, **(kwargs or {}))
+
+
+def gradients(run: Run) -> dict[str, Tensor]:
+    batch = run.batch(0)
+    assert run.backward
+    loss = run.backward(batch, run.task.count(batch))
+    return {n: p.grad for n, p in run.model.named_parameters() if p.grad is not None} | {"loss": loss}
+
+
+def peak(run: Run) -> int:
+    """Of forward and backward, beyond weights."""
+    batch = run.batch(0)
+    count = run.task.count(batch)
+    assert run.backward
+    with LiveBytes() as meter:
+        run.backward(batch, count)
+    return meter.peak
+
+
+@pytest.mark.parametrize(("mode", "save"), MODES)
+@pytest.mark.parametrize("norm_at", ["pre", "post"])
+def test_gradients_are_those_without(mode: str, save: str, norm_at: str) -> None:
+    model = LONG | {"dropout": 0.2, "norm_at": norm_at}
+    plain = gradients(run_of(recipe(model=model)))
+    assert_equal(plain, gradients(run_of(recipe(example("recompute", mode=mode, save=save), model=model))))
+
+
+def test_what_runs_again() -> None:
+    """A block has 4 products (qkv, proj, up, down); the last one's output is needed by nobody, but SAC keeps it."""
+    found = {}
+    for mode, save in [("none", ""), *MODES]:
+        techniques = () if mode == "none" else (example("recompute", mode=mode, save=save),)
+        run = run_of(recipe(*techniques, model=LONG))
+        with Products() as counts:
+            gradients(run)
+        found[mode, save] = (counts.products, counts.attention)
+    products, attention = found.pop(("none", ""))
+    assert attention == 6
+    again = {key: (p - products, a - attention) for key, (p, a) in found.items()}
+    assert again["selective", "products"] == (0, 0)
+    # Recomputation stops at the last tensor that is needed, which is the input of `down`.
+    assert again["block", "products"] == (6 * 3, 6)
+    assert again["selective", "half"] == (6 * 1, 0)
+    assert again["selective", "attention"] == (6 * 3, 0)
+
+
+def test_the_peak_falls_with_what_is_kept() -> None:
+    peaks = [peak(run_of(recipe(model=LONG)))]
+    peaks += [peak(run_of(recipe(example("recompute", mode=m, save=s), model=LONG))) for m, s in reversed(MODES)]
+    none, attention, half, products, block = peaks
+    assert block < attention < half < products < none
+
+
+def test_a_block_keeps_its_input_only() -> None:
+    """Each further block costs one [B, T, C] of activations in the forward pass: 4 * 16 * 32 floats."""
+    live = []
+    for layers in (4, 5):
+        run = run_of(recipe(example("recompute"), model=LONG | {"layers": layers}))
+        batch = run.batch(0)
+        assert run.loss
+        with LiveBytes() as meter:
+            loss = run.loss(run.model, batch)
+        live.append(meter.live)
+        del loss
+    assert live[1] - live[0] == 4 * 16 * 32 * 4
+
+
+def test_every_and_patterns_choose_blocks() -> None:
+    wrapped = {}
+    for key, settings in {"every": {"every": 4}, "pattern": {"blocks": "mlp"}}.items():
+        run = run_of(recipe(example("recompute", **settings), model=LONG))
+        wrapped[key] = [n for n, m in run.model.named_modules() if "forward" in vars(m)]
+    assert wrapped["every"] == ["blocks.0", "blocks.4"]
+    assert wrapped["pattern"] == [f"blocks.{i}.mlp" for i in range(6)]
+    with pytest.raises(UserError, match=r"techniques.recompute.blocks: `mpl` matches no module. Did you mean mlp"):
+        run_of(recipe(example("recompute", blocks="mpl")))
+    with pytest.raises(UserError, match="at least 1"):
+        example("recompute", every=0)
+
+
+def test_without_gradients_nothing_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(recipe(example("recompute")))
+    monkeypatch.setattr("scrimp.techniques.rematerialization.recompute.checkpoint", None)
+    assert run.evaluate
+    run.evaluate(lambda model: run.task.evaluate(model, [run.batch(0)]))
+    with pytest.raises(TypeError):
+        gradients(run)
+
+
+@pytest.mark.parametrize("mode", ["block", "selective"])
+def test_a_foreign_model_draws_the_same_dropout_again(mode: str) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.GELU()) for _ in range(3)]
+        return nn.Sequential(*layers).double()
+
+    found = []
+    for techniques in ([], [example("recompute", mode=mode)]):
+        net = apply(model(), techniques)
+        torch.manual_seed(1)
+        net(torch.ones(4, 8, dtype=torch.float64)).sum().backward()
+        found.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize(
+    "techniques",
+    [(), (example("adamw"),), (example("recompute"),), (example("recompute", mode="selective"),),
+     (example("fused_loss"),), (example("autocast"),)],
+    ids=lambda techniques: "-".join(t.settings().get("mode", t.name) for t in techniques) or "none",
+)  # fmt: skip
+def test_live_bytes_are_those_of_torch(techniques: tuple[Technique, ...], fake: bool) -> None:
+    """Peak and end of a step, against torch's own tracker."""
+    ours, theirs = LiveBytes(), MemTracker()
+    for meter in (ours, theirs):
+        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext() as mode:
+            run = run_of(recipe(*techniques))
+            batch = {n: t if mode is None else mode.from_tensor(t) for n, t in run_of(recipe()).batch(0).items()}
+            count = run.task.count(batch)
+            run.set_lr()
+            if meter is ours:
+                ours.register([*run.model.parameters(), *batch.values(), count])
+            else:
+                theirs.track_external(run.model, run.optimizer, *batch.values(), count)
+            assert run.backward
+            assert run.step
+            assert run.optimizer
+            with meter:
+                run.backward(batch, count)
+                run.step()
+                run.optimizer.zero_grad(set_to_none=True)
+            if meter is ours:
+                found = (ours.peak, ours.live)
+            else:
+                shots = [theirs.get_tracker_snapshot(kind) for kind in ("peak", "current")]
+                wanted = tuple(next(iter(shot.values()))["Total"] for shot in shots)
+    assert found == wanted
+
+
+def test_live_bytes_count_aliases_once_and_resizes() -> None:
+    with LiveBytes() as meter:
+        a = torch.zeros(100)
+        view = a[50:].view(5, 10)
+        assert meter.live == 400
+        del a
+        assert meter.live == 400
+        view.resize_(100, 10)
+        assert meter.live == 4200
+        del view
+    assert meter.live == 0
+    assert meter.peak == 4200
