@@ -87,6 +87,8 @@ def main() -> None:
     if any(peer.venv == "scrimp" for peer in peers.values()) and (why := scrimp_fault(bench, workload)):
         print(f"SKIPPED scrimp: {why}", flush=True)
         peers = {name: peer for name, peer in peers.items() if peer.venv != "scrimp"}
+    if not peers:
+        sys.exit("nothing is left to measure")
     roofs = measure_roof(bench, tiny=args.workload == "tiny")
     roof = max(roofs.values())
     print(f"sgemm roof with {args.threads} threads: {roof / 1e9:.1f} GFLOP/s", flush=True)

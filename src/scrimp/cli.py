@@ -49,8 +49,10 @@ def train(
     start: Annotated[Path | None, typer.Option("--from", help="Start a new run from this run's weights.")] = None,
 ) -> None:
     """Train or fine-tune a recipe, or resume a run."""
+    from scrimp.allocator import lean
     from scrimp.progress import Progress
 
+    lean()
     if (recipe is None) == (resume is None):
         raise UserError("give either a recipe or --resume RUN.", "scrimp train")
     if resume is not None and (overrides or start is not None):

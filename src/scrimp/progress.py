@@ -26,7 +26,7 @@ class Progress:
         self.console = Console(file=stream, highlight=False)
         self.every, self.label = every, label
         self.rate = self.flops = 0.0
-        self.tokens, self.seconds, self.shown, self.last = 0, 0.0, 0.0, 0.0
+        self.tokens, self.seconds, self.weight, self.shown, self.last = 0.0, 0.0, 0.0, 0.0, 0
         self.end, self.validation = 1, ""
         self.bar: Bar | None = None
         if self.console.is_terminal:
@@ -54,13 +54,13 @@ class Progress:
         elif event == "validation":
             self.validation = f"  held-out {fields['loss']:.4f}"
             if self.bar is None:
-                self.console.print(f"{self.label}step {fields['step']}{self.validation}")
+                self.console.print(f"{self.label}step {fields['step']}{self.validation}", soft_wrap=True)
         elif event == "end":
             self._end(fields)
 
     def _stage(self, fields: dict[str, Any]) -> None:
         run = fields["run"]
-        self.end = run.clock.end
+        self.end, self.last = run.clock.end, run.clock.position
         self.flops = flops_per_token(run.model, getattr(getattr(run.model, "config", None), "context", 0))
         self.rate = self.rate or gemm_rate(run.device)
         if self.bar is not None:
@@ -72,8 +72,10 @@ class Progress:
         self.tokens = keep * self.tokens + fields["tokens"]
         self.seconds = keep * self.seconds + fields["seconds"]
         speed = self.tokens / max(self.seconds, 1e-9)
-        per_position = self.seconds / (1 / (1 - keep)) if keep else self.seconds
-        left = (self.end - fields["position"]) * per_position * fields["step"] / max(fields["position"], 1)
+        self.weight = keep * self.weight + 1
+        moved = fields["position"] - self.last
+        self.last = fields["position"]
+        left = (self.end - fields["position"]) / max(moved, 1) * self.seconds / self.weight
         text = (
             f"step {fields['step']}  loss {fields['loss']:.4f}{self.validation}  {speed:,.0f} tok/s"
             f"  {100 * speed * self.flops / self.rate:.0f} % of peak  {fields['peak_bytes'] / 2**20:,.0f} MiB"
@@ -83,7 +85,7 @@ class Progress:
             self.bar.update(self.task, completed=fields["position"], text=text)
         elif time.monotonic() - self.shown >= self.every or fields["position"] >= self.end:
             self.shown = time.monotonic()
-            self.console.print(self.label + text)
+            self.console.print(self.label + text, soft_wrap=True)
 
     def _end(self, fields: dict[str, Any]) -> None:
         if self.bar is not None:

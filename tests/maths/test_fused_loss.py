@@ -67,6 +67,21 @@ def outcome(loss: nn.Module, hidden: Tensor, head: nn.Module, targets: Tensor, s
     return [value.detach(), *grads]
 
 
+def extra_bytes(loss: nn.Module, hidden: Tensor, head: nn.Module, targets: Tensor) -> int:
+    """The peak of a loss and its gradients, beyond what was there before."""
+    meter = LiveBytes()
+    meter.register([hidden, targets, *head.parameters()])
+    before = meter.live
+    with meter:
+        value = loss(hidden, head, targets)
+        if value.requires_grad:
+            value.div(7).backward()
+    hidden.grad = None
+    for p in head.parameters():
+        p.grad = None
+    return meter.peak - before
+
+
 def assert_near(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-12) -> None:
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -100,16 +115,10 @@ def test_a_frozen_side_gets_no_gradient(kernel: str, frozen: str) -> None:
 def test_the_gradient_of_a_frozen_head_is_not_computed() -> None:
     """Its buffer would be the largest of all."""
     hidden, head, targets = case()
-    with Largest() as with_weight:
-        outcome(FusedCrossEntropy(2), hidden, head, targets)
+    trained = extra_bytes(FusedCrossEntropy(2), hidden, head, targets)
     head.weight.requires_grad_(False)
-    with Largest() as without:
-        outcome(FusedCrossEntropy(2), hidden, head, targets)
-    assert with_weight.elements == V * C
-    assert without.elements < V * C or without.elements == head.weight.numel()
-    with LiveBytes() as meter:
-        outcome(FusedCrossEntropy(2), hidden, head, targets)
-    assert meter.peak < V * C * 8
+    frozen = extra_bytes(FusedCrossEntropy(2), hidden, head, targets)
+    assert frozen < 8 * V * C < trained
 
 
 def test_a_plain_torch_head_will_do() -> None:
@@ -140,11 +149,11 @@ def test_another_product_is_called() -> None:
 
 def test_without_gradients() -> None:
     hidden, head, targets = case(ignored=3)
-    with torch.no_grad(), LiveBytes() as meter:
+    with torch.no_grad():
         loss = FusedCrossEntropy(2)(hidden, head, targets)
-    assert not loss.requires_grad
-    assert_near([loss], [CrossEntropy()(hidden, head, targets).detach()])
-    assert meter.peak < V * C * 8
+        assert not loss.requires_grad
+        assert_near([loss], [CrossEntropy()(hidden, head, targets)])
+        assert extra_bytes(FusedCrossEntropy(2), hidden, head, targets) < 8 * (3 * V + 2 * N * C)
 
 
 def test_far_logits_stay_finite() -> None:
@@ -167,12 +176,10 @@ def test_no_buffer_of_all_rows_and_classes() -> None:
 
 
 def test_the_weight_gradient_is_held_once() -> None:
-    """It is made in place and handed over: weight [V, C], hidden [N, C], one chunk of logits and small change."""
+    """It is made in place and handed over: weight [V, C], hidden [N, C], a chunk of logits and small change."""
     hidden, head, targets = case()
-    with LiveBytes() as meter:
-        (FusedCrossEntropy(4)(hidden, head, targets) / 7).backward()
     once = 8 * (V * C + N * C + 4 * V)
-    assert once <= meter.peak < once + 8 * V * C
+    assert once <= extra_bytes(FusedCrossEntropy(4), hidden, head, targets) < once + 8 * V * C // 2
 
 
 def test_a_second_backward_is_refused() -> None:
@@ -186,13 +193,13 @@ def test_a_second_backward_is_refused() -> None:
 @pytest.mark.parametrize("kernel", ["own", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(kernel: str, dtype: torch.dtype) -> None:
-    """Near float32, with gradients in float32 like the weights; nearer than whole logits rounded to 16 bits, or as near."""
+    """Near float32, with gradients in float32 like the weights."""
     hidden, head, targets = case(bias=True, dtype=torch.float32)
     exact = outcome(CrossEntropy(), hidden, head, targets)
     with torch.autocast("cpu", dtype):
         fused = outcome(FusedCrossEntropy(5, kernel), hidden, head, targets)
     for a, b in zip(fused, exact, strict=True):
-        assert a.dtype == torch.float32 or kernel == "torch"
+        assert a.dtype == torch.float32 or (kernel == "torch" and a.ndim == 0)
         assert float((a.float() - b).norm() / b.norm()) < 0.02
 
 
@@ -235,5 +242,5 @@ def test_refusals() -> None:
         example("fused_loss", chunk=0)
     run = run_of(recipe())
     del run.model.head_loss
-    with pytest.raises(UserError, match="techniques.fused_loss: the model has no head"):
+    with pytest.raises(UserError, match=r"techniques.fused_loss: the model has no head"):
         example("fused_loss").model(run.model, run)

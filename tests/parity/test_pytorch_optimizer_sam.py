@@ -43,4 +43,5 @@ def test_equals_pytorch_optimizer() -> None:
         rule.step()
         rule.zero_grad()
     for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        # Theirs holds the norm of the gradient in float32.
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

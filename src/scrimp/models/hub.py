@@ -1,29 +1,35 @@
 """Hugging Face folders in and out: config.json and safetensors, sharded too, without importing transformers.
 
-Families: GPT-2, Llama, Mistral, Qwen2, Qwen3. `hub_names.py` says how each calls its options and its tensors.
+Families: GPT-2, Llama, Mistral, Qwen2, Qwen3. `hub_config.py` says how each calls its options, `hub_names.py` how it
+calls its tensors.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from scrimp.errors import UserError, did_you_mean
-from scrimp.models.hub_names import FAMILIES, family_of, options_from, options_to, tensors
+from scrimp.models.hub_config import family_of, options_from, options_to
+from scrimp.models.hub_names import FAMILIES, tensors
 
 if TYPE_CHECKING:
-    from scrimp.models.transformer import TransformerConfig
+    from scrimp.models.transformer import Transformer, TransformerConfig
 
-MARK = "scrimp"
-"""Key of config.json by which our own folders are known, so that they may be written again."""
+MARK: Final = "scrimp"
+"""Key of config.json that lists the files of a folder that we wrote, so that it may be written again."""
+HEAD: Final = "lm_head.weight"
+INDEX: Final = "model.safetensors.index.json"
+BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+"""Endings of what older versions saved beside the weights."""
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -32,160 +38,37 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if there is no config.json, or it asks for something the Transformer does not do.
     """
-    raw = _config(Path(folder))
-    family = str(raw.get("model_type"))
-    if family not in FAMILIES:
-        fix = did_you_mean(family, FAMILIES)
-        raise UserError(f"models of type `{family}` cannot be read.", f"{folder}/config.json", fix)
-    return options_from(family, raw, f"{folder}/config.json")
+    return options_from(*_family(Path(folder)), f"{folder}/config.json")
 
 
 def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
-    """A folder's weights under our names, memory-mapped.
+    """A folder's weights under our names, in the types of its files and memory-mapped until they are used.
+
+    Only the fused q, k and v are copied. A tied head is left out.
 
     Raises:
         UserError: with every missing, unexpected and misshapen tensor, by the folder's names.
     """
     folder = Path(folder)
-    family = str(_config(folder).get("model_type"))
-    expected = tensors(family, config)
+    family = FAMILIES[_family(folder)[0]]
     held = _open(folder)
-    prefix = _prefix(family, set(held), set(expected))
-    ignored = {"lm_head.weight"} if config.tied else set[str]()
-    names = {name.removeprefix(prefix) if prefix and name.startswith(prefix) else name: name for name in held}
-    wanted = {name.removeprefix(_root(family)): name for name in expected}
-    found = {w: names.get(w) or names.get(full) for w, full in wanted.items()}
-    missing = [full for w, full in wanted.items() if found[w] is None]
-    used = {name for name in found.values() if name}
-    unexpected = [n for n in held if n not in used and n not in ignored and not _harmless(n)]
-    wrong: list[str] = []
-    read: dict[str, Tensor] = {}
-    for short, full in wanted.items():
-        name = found[short]
-        if name is None:
-            continue
-        shape = tuple(expected[full])
-        tensor = held[name]()
-        if tuple(tensor.shape) != shape:
-            wrong.append(f"{name} {list(tensor.shape)} instead of {list(shape)}")
-        read[full] = tensor
-    if missing or unexpected or wrong:
-        parts = (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
-        what = "; ".join(f"{kind}: {', '.join(rows)}" for kind, rows in parts if rows)
-        raise UserError(f"the weights do not fit the configuration. {what}.", str(folder))
-    return FAMILIES[family].read(read, config)
+    # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
+    root = "" if any(name.startswith(family.root) for name in held) else family.root
+    wanted = {name.removeprefix(root): shape for name, shape in tensors(_family(folder)[0], config).items()}
+    head = held.pop(HEAD, None) if config.tied else None
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
+    faults = _misfit(wanted, shapes)
+    if faults:
+        raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
+    full = {name: name if name == HEAD else root + name for name in wanted}
+    weights = family.read({full[name]: held[name].get_tensor(name) for name in wanted}, config)
+    if head is not None and not torch.equal(head.get_tensor(HEAD), weights["embed.weight"]):
+        fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
+        raise UserError(f"{HEAD} differs from the embedding, to which config.json ties it.", str(folder), fix)
+    return weights
 
 
-def write(
-    folder: str | Path,
-    config: TransformerConfig,
-    named: Mapping[str, Tensor],
-    tokenizer: Any = None,
-    family: str = "",
-    shard_bytes: int = 5_000_000_000,
-) -> str:
-    """Write a folder that `transformers` loads; returns its family.
-
-    Args:
-        named: weights under our names; a tied head is absent.
-        tokenizer: with `save(folder)` and `end`, or None.
-        family: which one, where several can hold the model; chosen from the options when empty.
-        shard_bytes: largest file.
-    Raises:
-        UserError: if no family can hold the model, or the folder holds something else.
-    """
-    folder = Path(folder)
-    family = family or family_of(config)
-    theirs = {n: t.contiguous() for n, t in FAMILIES[family].write(dict(named), config).items()}
-    expected = tensors(family, config)
-    off = sorted(set(expected) ^ set(theirs))
-    if off:
-        what = f"the trained weights are not those of a {family} model: {', '.join(off[:6])}."
-        raise UserError(what, str(folder), "A technique changed the architecture in a way that format cannot say.")
-    if folder.exists() and any(folder.iterdir()) and MARK not in _config(folder, missing={}):
-        raise UserError("is not empty and was not written by scrimp.", str(folder), "Choose another folder.")
-    partial = folder.parent / f".partial-{folder.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    raw = options_to(family, config) | {MARK: True, "dtype": str(next(iter(theirs.values())).dtype)[6:]}
-    if tokenizer is not None:
-        raw |= {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
-        tokenizer.save(partial)
-    (partial / "config.json").write_text(json.dumps(raw, indent=2))
-    _save(partial, theirs, shard_bytes)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return family
-
-
-def _config(folder: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is not None:
-            return missing
-        raise UserError("there is no config.json.", str(folder), "Give a Hugging Face model folder.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"is not valid JSON: {error}.", f"{folder}/config.json") from None
-
-
-def _open(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """name -> how to read it, over all shards."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    held: dict[str, Callable[[], Tensor]] = {}
-    for name in files:
-        path = folder / name
-        if not path.is_file():
-            fix = "Convert it to safetensors first." if list(folder.glob("*.bin")) else "Fetch the whole folder."
-            raise UserError(f"{name} is missing.", str(folder), fix)
-        handle = safe_open(path, framework="pt")
-        for key in handle.keys():  # noqa: SIM118
-            held[key] = lambda handle=handle, key=key: handle.get_tensor(key)
-    return held
-
-
-def _root(family: str) -> str:
-    return FAMILIES[family].root
-
-
-def _prefix(family: str, held: set[str], expected: set[str]) -> str:
-    """Base models are saved without the root (`h.0...` instead of `transformer.h.0...`)."""
-    root = _root(family)
-    return root if any(name.startswith(root) for name in held) else ""
-
-
-def _harmless(name: str) -> bool:
-    """Buffers that older versions saved."""
-    return name.endswith((".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"))
-
-
-def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in named.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    where: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        where |= dict.fromkeys(shard, name)
-    total = sum(t.nbytes for t in named.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-
-def loaded(folder: str | Path) -> torch.nn.Module:
+def loaded(folder: str | Path) -> Transformer:
     """A folder's model with its weights, in float32, for use outside a run."""
     from scrimp.models.transformer import TransformerConfig
 
@@ -196,3 +79,193 @@ def loaded(folder: str | Path) -> torch.nn.Module:
         for name, p in model.named_parameters():
             p.copy_(weights[name])
     return model
+
+
+def write(
+    folder: str | Path,
+    config: TransformerConfig,
+    named: Mapping[str, Tensor],
+    tokenizer: Any = None,
+    family: str = "",
+    shard_bytes: int = 5_000_000_000,
+) -> str:
+    """Write a folder that `transformers` loads; returns its family. An earlier export is replaced once all is written.
+
+    Args:
+        named: weights under our names; a tied head may be absent.
+        tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None.
+        family: which one, where several can hold the model; chosen from the options when empty.
+        shard_bytes: largest file, unless a single tensor is larger.
+    Raises:
+        UserError: if no family can hold the model, the weights are not the model's, the folder holds something else,
+            or it cannot be written.
+    """
+    folder = Path(folder).resolve()
+    family = family_of(config, family)
+    theirs = _theirs(family, config, named, folder)
+    _refuse_foreign(folder)
+    partial = folder.parent / f".partial-{folder.name}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _save(partial, theirs, shard_bytes)
+        raw = options_to(family, config) | _special(partial, config, tokenizer)
+        dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
+        files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
+        # Before 4.56, transformers called the type torch_dtype.
+        _write_json(partial / "config.json", raw | {"dtype": dtype, "torch_dtype": dtype, MARK: files})
+        _replace(folder, partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"cannot be written: {error}.", str(folder), "Free some space or choose another one."
+        ) from error
+    return family
+
+
+def _family(folder: Path) -> tuple[str, dict[str, Any]]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError("there is no config.json.", str(folder), "Give a Hugging Face model folder.")
+    raw = _read_json(path)
+    family = str(raw.get("model_type"))
+    if family not in FAMILIES:
+        raise UserError(f"models of type `{family}` cannot be read.", str(path), did_you_mean(family, FAMILIES))
+    return family, raw
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"is not valid JSON: {error}.", str(path)) from None
+    if not isinstance(raw, dict):
+        raise UserError("is not a JSON object.", str(path))
+    return raw
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _open(folder: Path) -> dict[str, Any]:
+    """name -> the open file that holds it, over all shards; buffers are left out."""
+    files = ["model.safetensors"]
+    if (folder / INDEX).is_file():
+        files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
+    held: dict[str, Any] = {}
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            fix = "Convert it to safetensors first." if list(folder.glob("*.bin")) else "Fetch the whole folder."
+            raise UserError(f"{name} is missing.", str(folder), fix)
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise UserError(f"is not a safetensors file: {error}.", str(path), "Fetch it again.") from None
+        held |= {key: file for key in file.keys() if not key.endswith(BUFFERS)}  # noqa: SIM118
+    return held
+
+
+def _misfit(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], listed: int = 20) -> str:
+    """What is missing, unexpected and misshapen, or nothing."""
+    lists = {
+        "missing": [name for name in wanted if name not in given],
+        "unexpected": [name for name in given if name not in wanted],
+        "misshapen": [f"{name} {list(shape)} instead of {list(wanted[name])}" for name, shape in given.items()
+                      if name in wanted and shape != wanted[name]],
+    }  # fmt: skip
+    parts = [f"{kind}: {', '.join(found[:listed])}" + (f" and {len(found) - listed} more" if found[listed:] else "")
+             for kind, found in lists.items() if found]  # fmt: skip
+    return "; ".join(parts)
+
+
+def _theirs(family: str, config: TransformerConfig, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Our weights -> views of them under the family's names."""
+    ours = {name: tensor.detach() for name, tensor in named.items()}
+    if config.tied and "head.weight" in ours and torch.equal(ours["head.weight"], ours["embed.weight"]):
+        del ours["head.weight"]
+    fused = [n for n, t in ours.items() if ".attention.qkv." in n and t.shape[0] != _qkv(config)]
+    theirs = FAMILIES[family].write({n: t for n, t in ours.items() if n not in fused}, config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    faults = _misfit(tensors(family, config), shapes)
+    if faults:
+        fix = "A technique may have changed the architecture in a way that the format cannot say."
+        raise UserError(f"the weights are not those of the {family} model. {faults}.", str(folder), fix)
+    return theirs
+
+
+def _qkv(c: TransformerConfig) -> int:
+    """Rows of the fused q, k and v."""
+    return (c.heads + 2 * (c.kv_heads or c.heads)) * c.head
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Only an empty folder, or one whose every file we wrote, may be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError("is a file.", str(folder), "Choose a folder.")
+    config = folder / "config.json"
+    mark = _read_json(config).get(MARK) if config.is_file() else None
+    ours = mark if isinstance(mark, list) else []
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours)
+    if foreign:
+        what = f"is not empty and holds what scrimp did not write: {', '.join(foreign[:6])}."
+        raise UserError(what, str(folder), "Choose another folder.")
+
+
+def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[str, Any]:
+    """Write the tokenizer, and how to load and generate with it; returns the special ids of config.json.
+
+    The padding id is a matter of generation only: in config.json it would make transformers freeze the embedding of
+    the end of text.
+    """
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is None:
+        return ids
+    tokenizer.save(folder)
+    end = getattr(tokenizer, "end", None)
+    if end is None:
+        return ids
+    ids |= {"bos_token_id": end, "eos_token_id": end}
+    _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
+    path = folder / "tokenizer_config.json"
+    if (folder / "tokenizer.json").is_file() and not path.exists():
+        # Without a class, transformers takes the family's own and with it another way of splitting text.
+        token = tokenizer.decode([end])
+        inputs = ["input_ids", "attention_mask"]
+        _write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token, "eos_token": token,
+                           "model_max_length": config.context, "model_input_names": inputs,
+                           "clean_up_tokenization_spaces": False})  # fmt: skip
+    return ids
+
+
+def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
+    """Weights in one file, or in several with an index; only one file's transposed copies exist at a time."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in named.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file({n: named[n].contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in named.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Put a finished folder into place; the one before is deleted last."""
+    before = folder.parent / f".before-{folder.name}"
+    shutil.rmtree(before, ignore_errors=True)
+    if folder.exists():
+        folder.rename(before)
+    partial.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)

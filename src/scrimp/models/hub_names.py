@@ -1,4 +1,4 @@
-"""How Hugging Face's families call the Transformer's options and tensors.
+"""How Hugging Face's families call the Transformer's tensors.
 
 GPT-2 keeps its matrices transposed (inputs first); the others keep q, k and v apart, which are one tensor here.
 """
@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
-
-from scrimp.errors import UserError
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import TransformerConfig
@@ -32,125 +30,6 @@ class Family:
     root: str
     read: Callable[[Weights, TransformerConfig], Weights]
     write: Callable[[Weights, TransformerConfig], Weights]
-
-
-def options_from(family: str, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """config.json -> our options.
-
-    Raises:
-        UserError: for what the Transformer does not do.
-    """
-    if family == "gpt2":
-        return _gpt2_from(raw, where)
-    heads = int(raw["num_attention_heads"])
-    rope = raw.get("rope_parameters") or {}
-    context = int(raw["max_position_embeddings"])
-    window = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
-    for bad, what in (
-        (raw.get("hidden_act", "silu") not in ("silu", "swish"), f"the activation `{raw.get('hidden_act')}`"),
-        (bool(raw.get("mlp_bias")), "biases in the MLP"),
-        (family == "llama" and bool(raw.get("attention_bias")), "biases in the attention's output"),
-        (family == "qwen3" and bool(raw.get("attention_bias")), "biases in the attention"),
-        (bool(window) and int(window or 0) < context, f"a sliding window of {window} tokens"),
-    ):
-        if bad:
-            raise UserError(f"the model needs {what}, which the Transformer does not have.", where)
-    return {
-        "vocab": raw["vocab_size"], "context": context, "layers": raw["num_hidden_layers"], "width": raw["hidden_size"],
-        "heads": heads, "kv_heads": raw.get("num_key_value_heads") or heads, "head_width": raw.get("head_dim") or 0,
-        "hidden": raw["intermediate_size"], "norm": "rmsnorm", "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "positions": "rotary", "activation": "swiglu", "bias": False, "qkv_bias": family == "qwen2",
-        "qk_norm": family == "qwen3", "tied": bool(raw.get("tie_word_embeddings", False)),
-        "rope_base": float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
-        "rope_scaling": _scaling(raw, where), "init_std": raw.get("initializer_range", 0.02),
-    }  # fmt: skip
-
-
-def _scaling(raw: Mapping[str, Any], where: str) -> dict[str, float] | None:
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"rotary positions of type `{kind}` are not known.", where, "Known: default, llama3.")
-    keys = ("factor", "low_freq_factor", "high_freq_factor")
-    original = scaling["original_max_position_embeddings"]
-    return {key: float(scaling[key]) for key in keys} | {"original_context": float(original)}
-
-
-def _gpt2_from(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-    activation = raw.get("activation_function", "gelu_new")
-    if activation not in activations:
-        raise UserError(f"the activation `{activation}` is not known.", where, f"Known: {', '.join(activations)}.")
-    for key, usual in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False),
-                       ("add_cross_attention", False)):  # fmt: skip
-        if raw.get(key, usual) != usual:
-            raise UserError(f"`{key}` is {raw[key]}, which the Transformer does not do.", where)
-    return {
-        "vocab": raw["vocab_size"], "context": raw["n_positions"], "layers": raw["n_layer"], "width": raw["n_embd"],
-        "heads": raw["n_head"], "hidden": raw.get("n_inner") or 0, "norm": "layernorm",
-        "norm_eps": raw.get("layer_norm_epsilon", 1e-5), "positions": "learned", "activation": activations[activation],
-        "bias": True, "tied": bool(raw.get("tie_word_embeddings", True)),
-        "init_std": raw.get("initializer_range", 0.02),
-    }  # fmt: skip
-
-
-def family_of(c: TransformerConfig) -> str:
-    """The family that can hold a model.
-
-    Raises:
-        UserError: naming the option that none has.
-    """
-    qkv_bias = c.bias if c.qkv_bias is None else c.qkv_bias
-    common = {"norm_at": "pre", "causal": True}
-    gpt2 = common | {"norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False}
-    llama = common | {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
-    wanted = llama if c.norm == "rmsnorm" else gpt2
-    off = [key for key, value in wanted.items() if getattr(c, key) != value]
-    if wanted is gpt2 and c.activation == "swiglu":
-        off.append("activation")
-    if wanted is gpt2 and ((c.kv_heads or c.heads) != c.heads or c.head * c.heads != c.width):
-        off.append("kv_heads or head_width")
-    if wanted is gpt2 and not qkv_bias:
-        off.append("qkv_bias")
-    if c.qk_norm and qkv_bias:
-        off.append("qkv_bias together with qk_norm")
-    if off:
-        name = "GPT-2" if wanted is gpt2 else "Llama-like"
-        raise UserError(f"no {name} folder can hold a model with this `{off[0]}`.", f"model.{off[0]}")
-    if wanted is gpt2:
-        return "gpt2"
-    return "qwen3" if c.qk_norm else "qwen2" if qkv_bias else "llama"
-
-
-def options_to(family: str, c: TransformerConfig) -> dict[str, Any]:
-    """Our options -> config.json."""
-    if family == "gpt2":
-        names = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
-        return {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab, "n_positions": c.context,
-            "n_ctx": c.context, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_inner": c.mlp,
-            "activation_function": names[c.activation], "layer_norm_epsilon": c.norm_eps, "attn_pdrop": 0.0,
-            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "tie_word_embeddings": c.tied,
-            "initializer_range": c.init_std,
-        }  # fmt: skip
-    classes = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-    scaling: dict[str, Any] | None = None
-    if c.rope_scaling:
-        scaling = {k: v for k, v in c.rope_scaling.items() if k != "original_context"}
-        scaling |= {"rope_type": "llama3", "original_max_position_embeddings": int(c.rope_scaling["original_context"])}
-    raw = {
-        "architectures": [f"{classes[family]}ForCausalLM"], "model_type": family, "vocab_size": c.vocab,
-        "max_position_embeddings": c.context, "hidden_size": c.width, "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads or c.heads, "head_dim": c.head,
-        "intermediate_size": c.mlp, "hidden_act": "silu", "rms_norm_eps": c.norm_eps, "attention_bias": False,
-        "mlp_bias": False, "attention_dropout": 0.0, "rope_theta": c.rope_base, "tie_word_embeddings": c.tied,
-        "initializer_range": c.init_std, "sliding_window": None, "use_sliding_window": False,
-        # transformers 5 reads rope_parameters, earlier versions rope_theta and rope_scaling.
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base} | (scaling or {}),
-    }  # fmt: skip
-    return raw | ({"rope_scaling": scaling} if scaling else {})
 
 
 def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
