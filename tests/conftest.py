@@ -19,4 +19,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["SCRIMP_CACHE"] = str(tmp_path_factory.getbasetemp().parent / "scrimp-cache")
+    base = tmp_path_factory.getbasetemp()
+    # xdist's workers have a folder each in that of the session; what is built once serves all of them.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["SCRIMP_CACHE"] = str(shared / "scrimp-cache")

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,10 +57,14 @@ def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
         state_file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n" + text)
         _flush(state_file)
         _flush(partial)
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.parent / f"{PARTIAL}old-{folder.name}"
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
         _flush(folder.parent)
-    except (OSError, RuntimeError, ValueError) as error:
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         fix = "Earlier checkpoints are intact. Free some space, or set `out` to another disk, then use --resume."

@@ -178,7 +178,7 @@ def stage_end(run: Run) -> int:
     """Where the current stage ends at the latest: the next point at which a technique wants the run rebuilt."""
     clock = run.clock
     points = [clock.at(d) for technique in run.order.slots["stages"] for d in technique.stages()]
-    return min((p for p in points if p > clock.begun and p > clock.position), default=clock.end)
+    return min((p for p in points if p > clock.begun), default=clock.end)
 
 
 def starting_weights(recipe: Recipe, data: Any, start: str | Path | None) -> State | None:

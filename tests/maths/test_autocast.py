@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.meter import LiveBytes
 from scrimp.run import Run
-from tiny import assert_equal, example, flat, recipe, run_of, step
+from tiny import MODEL, assert_equal, example, flat, recipe, run_of, step
 
 
 def scale_of(run: Run) -> Tensor:
@@ -58,9 +59,10 @@ def test_a_small_gradient_survives_only_with_the_scale() -> None:
     for scale in (1.0, 65536.0):
         run: Any = SimpleNamespace(memories={}, device=torch.device("cpu"), read=lambda t, worst: float(t))
         run.memory = lambda t, run=run: run.memories.setdefault("autocast", {})
-        run.model = nn.ParameterDict({"w": nn.Parameter(torch.ones(()))})
+        weight = nn.Parameter(torch.ones(()))
+        run.model = nn.ParameterDict({"w": weight})
         technique = example("autocast", dtype="float16", scale=scale)
-        loss = technique.loss(lambda model, batch: model["w"].half().float() * batch["x"], run)
+        loss = technique.loss(lambda model, batch: model.get_parameter("w").half().float() * batch["x"], run)
 
         def inner(batch: dict[str, Tensor], count: Tensor, run: Any = run, loss: Any = loss) -> Tensor:
             value = loss(run.model, batch) / count
@@ -70,7 +72,8 @@ def test_a_small_gradient_survives_only_with_the_scale() -> None:
         value = technique.backward(inner, run)({"x": torch.tensor(1e-8)}, torch.tensor(1))
         assert abs(float(value) - 1e-8) < 1e-15
         assert technique.step(lambda: True, run)()
-        kept[scale] = float(run.model["w"].grad)
+        assert weight.grad is not None
+        kept[scale] = float(weight.grad)
     assert kept[1.0] == 0.0
     assert abs(kept[65536.0] / 1e-8 - 1) < 1e-3
 
@@ -100,6 +103,20 @@ def test_the_scale_doubles_after_good_steps_in_a_row() -> None:
         step(run)
         scales.append(float(scale_of(run)))
     assert scales == [8, 8, 16, 16, 16, 32, 32]
+
+
+def test_the_scale_survives_a_resume() -> None:
+    made = recipe(example("autocast", dtype="float16", scale=8.0, patience=3))
+    whole = run_of(made)
+    for _ in range(5):
+        step(whole)
+    state = {kind: {n: t.detach().clone() for n, t in tensors.items()} for kind, tensors in whole.state().items()}
+    resumed = run_of(made, last=state)
+    resumed.clock.step = 5
+    for run in (whole, resumed):
+        step(run)
+        assert float(scale_of(run)) == 32
+    assert_equal(flat(whole.state()), flat(resumed.state()))
 
 
 def test_gradients_are_unscaled_before_clipping() -> None:
@@ -142,21 +159,22 @@ def test_recompute_sees_the_same_casts(mode: str) -> None:
     assert_equal(*grads)
 
 
-def test_a_first_use_without_gradients_poisons_nothing() -> None:
-    run = run_of(recipe(example("autocast")))
-    layer = run.model.get_submodule("blocks.0.mlp.up")
-    inner = layer.forward
-
-    def twice(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            inner(x)
-        return inner(x)  # type: ignore[no-any-return]
-
-    layer.forward = twice  # type: ignore[method-assign]
-    batch = run.batch(0)
-    assert run.backward
-    run.backward(batch, run.task.count(batch))
-    assert layer.weight.grad is not None
+def test_casts_do_not_outlive_a_recomputed_block() -> None:
+    """The forward pass then peaks a 16-bit copy of every block's 12 C^2 weights lower than with a cache of casts."""
+    peaks = []
+    for layers in (4, 5):
+        run = run_of(
+            recipe(example("autocast"), example("recompute"), model=MODEL | {"layers": layers, "dropout": 0.0})
+        )
+        batch = run.batch(0)
+        meter = LiveBytes()
+        meter.register([*run.model.parameters(), *batch.values()])
+        before = meter.live
+        assert run.loss
+        with meter:
+            run.loss(run.model, batch)
+        peaks.append(meter.peak - before)
+    assert peaks[1] - peaks[0] == 4 * 16 * 32 * 4, "one more block costs its input, in float32"
 
 
 def test_refuses_weights_that_are_in_16_bits_already() -> None:

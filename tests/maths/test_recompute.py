@@ -147,6 +147,28 @@ def test_a_foreign_model_draws_the_same_dropout_again(mode: str) -> None:
     assert_equal(*found)
 
 
+class Hidden(nn.Module):
+    """Drops activations without an `nn.Dropout` that could be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(self.linear(x), 0.5).tanh()
+
+
+def test_a_foreign_model_draws_the_same_hidden_dropout_again() -> None:
+    found = []
+    for techniques in ([], [example("recompute")]):
+        torch.manual_seed(0)
+        net = apply(nn.Sequential(Hidden(), Hidden()), techniques)
+        torch.manual_seed(1)
+        net(torch.ones(4, 8)).sum().backward()
+        found.append({n: p.grad for n, p in net.named_parameters() if p.grad is not None})
+    assert_equal(*found)
+
+
 @pytest.mark.parametrize("fake", [False, True])
 @pytest.mark.parametrize(
     "techniques",
@@ -156,30 +178,32 @@ def test_a_foreign_model_draws_the_same_dropout_again(mode: str) -> None:
 )  # fmt: skip
 def test_live_bytes_are_those_of_torch(techniques: tuple[Technique, ...], fake: bool) -> None:
     """Peak and end of a step, against torch's own tracker."""
-    ours, theirs = LiveBytes(), MemTracker()
-    for meter in (ours, theirs):
-        with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext() as mode:
-            run = run_of(recipe(*techniques))
-            batch = {n: t if mode is None else mode.from_tensor(t) for n, t in run_of(recipe()).batch(0).items()}
-            count = run.task.count(batch)
-            run.set_lr()
-            if meter is ours:
-                ours.register([*run.model.parameters(), *batch.values(), count])
-            else:
-                theirs.track_external(run.model, run.optimizer, *batch.values(), count)
-            assert run.backward
-            assert run.step
-            assert run.optimizer
-            with meter:
-                run.backward(batch, count)
-                run.step()
-                run.optimizer.zero_grad(set_to_none=True)
-            if meter is ours:
-                found = (ours.peak, ours.live)
-            else:
-                shots = [theirs.get_tracker_snapshot(kind) for kind in ("peak", "current")]
-                wanted = tuple(next(iter(shot.values()))["Total"] for shot in shots)
+    ours = LiveBytes()
+    found = used(ours, lambda run, given: ours.register([*run.model.parameters(), *given]), techniques, fake)
+    theirs = MemTracker()
+    wanted = used(theirs, lambda run, given: theirs.track_external(run.model, run.optimizer, *given), techniques, fake)
     assert found == wanted
+
+
+def used(meter: Any, register: Any, techniques: tuple[Technique, ...], fake: bool) -> tuple[int, int]:
+    """(peak, end) of a step in bytes."""
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext() as mode:
+        run = run_of(recipe(*techniques))
+        batch = {n: t if mode is None else mode.from_tensor(t) for n, t in run_of(recipe()).batch(0).items()}
+        count = run.task.count(batch)
+        run.set_lr()
+        assert run.backward
+        assert run.step
+        assert run.optimizer
+        register(run, [*batch.values(), count])
+        with meter:
+            run.backward(batch, count)
+            run.step()
+            run.optimizer.zero_grad(set_to_none=True)
+        if isinstance(meter, LiveBytes):
+            return meter.peak, meter.live
+        peak, now = (next(iter(meter.get_tracker_snapshot(kind).values())) for kind in ("peak", "current"))
+        return peak["Total"], now["Total"]
 
 
 def test_live_bytes_count_aliases_once_and_resizes() -> None:

@@ -3,134 +3,428 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from scrimp.data.tokenizer import train_bpe
 from scrimp.errors import UserError
 from scrimp.models import hub
-from scrimp.models.presets import expand
-from scrimp.models.transformer import TransformerConfig
-from scrimp.weights import initialize, materialize
+from scrimp.models.hub_config import options_to
+from scrimp.models.hub_names import tensors
+from scrimp.models.presets import PRESETS, expand
+from scrimp.models.transformer import Transformer, TransformerConfig
+from scrimp.weights import initialize, load_weights, materialize
 
-SMALL = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "max_position_embeddings": 64}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16, "rope_theta": 10000.0}  # fmt: skip
-CASES = {
-    "gpt2": transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "gpt2-untied": transformers.GPT2Config(
-        vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, tie_word_embeddings=False, n_inner=40
-    ),
-    "llama": transformers.LlamaConfig(**SMALL, num_key_value_heads=2),
-    "llama-tied": transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, head_dim=16),
-    "llama3-rope": transformers.LlamaConfig(**SMALL, rope_parameters=LLAMA3),
-    "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None),
-    "qwen2": transformers.Qwen2Config(**SMALL, num_key_value_heads=2),
-    "qwen3": transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True),
+transformers: Any = pytest.importorskip("transformers")
+
+SIZE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64}  # fmt: skip
+GQA = {**SIZE, "num_key_value_heads": 2}
+GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 16}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", GPT2),
+    "gpt2-untied": ("gpt2", {**GPT2, "tie_word_embeddings": False, "n_inner": 40, "activation_function": "gelu"}),
+    "llama": ("llama", {**SIZE, "rms_norm_eps": 1e-2}),
+    "llama-gqa-tied": ("llama", {**GQA, "tie_word_embeddings": True, "head_dim": 16}),
+    "llama3-rope": ("llama", {**SIZE, "rope_parameters": {**SCALING, "rope_theta": 5000.0}}),
+    "mistral": ("mistral", {**GQA, "sliding_window": None}),
+    "qwen2": ("qwen2", {**GQA, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}),
+    "qwen3": ("qwen3", {**GQA, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-untied": ("qwen3", {**GQA, "head_dim": 8}),
 }
-TOKENS = torch.arange(2 * 40).view(2, 40) * 7 % 96
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False, "tied": False}
+TINY = {"vocab": 96, "context": 64, "layers": 2, "width": 32, "heads": 4}
+TOKENS = torch.arange(2 * 60).view(2, 60) * 7 % 96
 
 
-def theirs(name: str) -> torch.nn.Module:
+def theirs(family: str, options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CASES[name])
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **options))
     for p in model.parameters():  # norms and biases too, so that a mix-up shows
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
 
-def difference(a: torch.nn.Module, b: torch.nn.Module) -> float:
-    with torch.no_grad():
-        return float((a(TOKENS).logits - b(TOKENS)).abs().max())
+def saved(folder: Path, case: str = "llama", **changes: Any) -> Any:
+    """A model of transformers, saved, and its config.json changed; None removes a key."""
+    model = theirs(*CASES[case])
+    model.save_pretrained(folder)
+    change(folder, **changes)
+    return model
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_equal_both_ways(name: str, tmp_path: Path) -> None:
-    model = theirs(name)
-    model.save_pretrained(tmp_path / "in")
-    ours = hub.loaded(tmp_path / "in")
-    into = difference(model, ours)
-    named = dict(ours.named_parameters())
-    hub.write(tmp_path / "out", ours.config, named)
-    again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    out = difference(again.eval(), ours)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    print(f"{name:12} in {into:.1e} out {out:.1e}")
-    assert into < 1e-5
-    assert out < 1e-5
+def change(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    raw = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k not in changes or v is not None}))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_shards_are_read_and_written(name: str, tmp_path: Path) -> None:
-    model = theirs(name)
-    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    assert (tmp_path / "in/model.safetensors.index.json").exists()
-    ours = hub.loaded(tmp_path / "in")
-    assert difference(model, ours) < 1e-5
-    hub.write(tmp_path / "out", ours.config, dict(ours.named_parameters()), shard_bytes=20_000)
-    assert len(list((tmp_path / "out").glob("model-*"))) > 1
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert difference(again, ours) < 1e-5
-
-
-def test_our_own_model_loads_in_transformers(tmp_path: Path) -> None:
-    config = TransformerConfig(vocab=96, context=64, layers=2, width=32, heads=4)
+def ours(folder: Path) -> Transformer:
+    """A folder's model, built as a run builds it."""
+    config = TransformerConfig(**hub.read_config(folder))
     with torch.device("meta"):
         model = config.build()
-    model = materialize(model, torch.device("cpu"))
+    materialize(model, torch.device("cpu"))
+    load_weights(model, hub.read_weights(folder, config), lambda name: True)
+    assert (model.head.weight is model.embed.weight) == config.tied
+    return model
+
+
+def fresh(**options: Any) -> Transformer:
+    model = TransformerConfig(**{**TINY, **options}).build()
     initialize(model, 0)
-    hub.write(tmp_path / "out", config, dict(model.named_parameters()))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    return model
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def reopened(folder: Path) -> Any:
+    """What transformers reads from our folder; it must find every tensor and no other."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+def difference(a: nn.Module, b: nn.Module) -> float:
+    with torch.no_grad():
+        x, y = (getattr(out, "logits", out) for out in (a(TOKENS), b(TOKENS)))
+    assert float(x.std()) > 0.01
+    return float((x - y).abs().max())
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    rows = [f"{'max |difference| of logits':28}{'read':>10}{'written':>10}"]
+    yield rows
+    print("\n" + "\n".join(rows))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_both_ways(case: str, tmp_path: Path, table: list[str]) -> None:
+    model = saved(tmp_path / "in", case)
+    read = ours(tmp_path / "in")
+    into = difference(model, read)
+    family = hub.write(tmp_path / "out", read.config, named(read), family=CASES[case][0])
+    back = difference(reopened(tmp_path / "out"), read)
+    table.append(f"{case:28}{into:10.1e}{back:10.1e}")
+    assert family == CASES[case][0]
+    assert into < 1e-5
+    assert back < 1e-5
+    a, b = load_file(tmp_path / "in/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert hub.read_config(tmp_path / "out") | {"hidden": 0} == hub.read_config(tmp_path / "in") | {"hidden": 0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation": "gelu_tanh", "tied": False},
+        {"activation": "relu", "hidden": 48},
+        LLAMA,
+        {**LLAMA, "tied": True, "kv_heads": 2},
+        {**LLAMA, "heads": 5, "head_width": 8},
+        {**LLAMA, "qkv_bias": True},
+        {**LLAMA, "qk_norm": True, "head_width": 16},
+    ],
+    ids=str,
+)
+def test_our_own_models_load_in_transformers(options: dict[str, Any], tmp_path: Path) -> None:
+    model = fresh(**options)
+    family = hub.write(tmp_path / "out", model.config, named(model))
+    again = reopened(tmp_path / "out")
+    assert again.config.model_type == family
     assert difference(again, model) < 1e-5
+    assert difference(ours(tmp_path / "out"), model) == 0.0
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-gqa-tied"])
+def test_shards_are_read_and_written(case: str, tmp_path: Path) -> None:
+    model = theirs(*CASES[case])
+    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    assert (tmp_path / "in" / hub.INDEX).exists()
+    read = ours(tmp_path / "in")
+    assert difference(model, read) < 1e-5
+    hub.write(tmp_path / "out", read.config, named(read), shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / hub.INDEX).read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in named(read).values())
+    assert difference(reopened(tmp_path / "out"), read) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["gpt2", "llama"])
+def test_half_precision_files_keep_their_type(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs(*CASES[case]).to(dtype).save_pretrained(tmp_path / "in")
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32).eval()
+    config = TransformerConfig(**hub.read_config(tmp_path / "in"))
+    weights = hub.read_weights(tmp_path / "in", config)
+    assert {t.dtype for t in weights.values()} == {dtype}
+    assert difference(hub.loaded(tmp_path / "in"), wide) < 1e-5
+    hub.write(tmp_path / "out", config, weights)
+    assert reopened(tmp_path / "out").dtype == dtype
+    a, b = load_file(tmp_path / "in/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("scaling", [None, SCALING, {**SCALING, "rope_type": None, "type": "llama3"}])
+def test_rotary_settings_of_earlier_versions(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+    saved(tmp_path / "in", rope_parameters=None, rope_theta=700.0, rope_scaling=scaling)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
+    read = ours(tmp_path / "in")
+    assert (read.config.rope_base, bool(read.config.rope_scaling)) == (700.0, bool(scaling))
+    assert difference(model, read) < 1e-5
+    hub.write(tmp_path / "out", read.config, named(read))
+    change(tmp_path / "out", rope_parameters=None)  # as they read it
+    assert difference(reopened(tmp_path / "out"), read) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [
+        ("mistral", {"sliding_window": 64}),
+        ("mistral", {"num_attention_heads": 8, "num_key_value_heads": None, "hidden_size": 64, "head_dim": 8}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": None}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
+        ("qwen3", {"head_dim": None, "num_key_value_heads": 4}),
+        ("gpt2", {"activation_function": "gelu_pytorch_tanh", "n_inner": None, "tie_word_embeddings": None}),
+    ],
+)
+def test_absent_and_idle_settings_mean_what_they_mean_there(case: str, changes: dict, tmp_path: Path) -> None:
+    saved(tmp_path / "in", case, **changes)
+    model = theirs(CASES[case][0], json.loads((tmp_path / "in/config.json").read_text()))
+    model.save_pretrained(tmp_path / "weights")
+    (tmp_path / "weights/model.safetensors").replace(tmp_path / "in/model.safetensors")
+    assert difference(model, ours(tmp_path / "in")) < 1e-5
+
+
+def test_base_models_buffers_and_tied_heads_are_read(tmp_path: Path) -> None:
+    model = saved(tmp_path, "gpt2")
+    held = {n.removeprefix("transformer."): t for n, t in load_file(tmp_path / "model.safetensors").items()}
+    held |= {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "lm_head.weight": held["wte.weight"].clone()}
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert difference(model, ours(tmp_path)) < 1e-5
+    held["lm_head.weight"][0] += 1
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="differs from the embedding"):
+        ours(tmp_path)
+
+
+def test_weights_stay_on_disk_until_they_are_used(tmp_path: Path) -> None:
+    saved(tmp_path, "gpt2")
+    weights = hub.read_weights(tmp_path, TransformerConfig(**hub.read_config(tmp_path)))
+    starts = {t.untyped_storage().data_ptr() for t in weights.values()}
+    assert len(starts) < len(weights), "each tensor has memory of its own"
 
 
 def test_a_folder_that_does_not_fit_names_every_tensor(tmp_path: Path) -> None:
-    theirs("llama").save_pretrained(tmp_path)
+    saved(tmp_path)
     held = load_file(tmp_path / "model.safetensors")
-    del held["model.norm.weight"]
+    del held["model.norm.weight"], held["model.layers.1.self_attn.k_proj.weight"]
     held["model.extra"] = torch.zeros(1)
     held["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as error:
-        hub.loaded(tmp_path)
+        ours(tmp_path)
     text = str(error.value)
-    assert "missing: model.norm.weight" in text
-    assert "unexpected: model.extra" in text
-    assert "model.layers.0.mlp.up_proj.weight [3, 3] instead of [48, 32]" in text
+    assert "missing: model.norm.weight, model.layers.1.self_attn.k_proj.weight;" in text
+    assert "unexpected: model.extra;" in text
+    assert "misshapen: model.layers.0.mlp.up_proj.weight [3, 3] instead of [48, 32]." in text
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("changes", "words"),
     [
         ({"model_type": "lama"}, "Did you mean llama"),
         ({"hidden_act": "relu"}, "activation `relu`"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "`yarn`"),
-        ({"attention_bias": True}, "biases"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding window of 8"),
+        ({"hidden_size": None}, "does not say hidden_size"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "`yarn`"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`linear`"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor, high_freq_factor"),
+        ({"partial_rotary_factor": 0.5}, "part of 0.5"),
+        ({"attention_bias": True}, "biases in the attention"),
+        ({"mlp_bias": True}, "biases in the MLP"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
+        ({"model_type": "qwen3", "attention_bias": True}, "biases in the attention"),
+        ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, "sliding window of 8"),
+        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            "sliding window of 8",
+        ),
     ],
 )
-def test_what_cannot_be_done_is_refused(change: dict, words: str, tmp_path: Path) -> None:
-    theirs("llama").save_pretrained(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+def test_what_cannot_be_done_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZE}))
+    assert hub.read_config(tmp_path)["width"] == 32
+    change(tmp_path, **changes)
+    with pytest.raises(UserError, match=words) as error:
+        hub.read_config(tmp_path)
+    assert "config.json" in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"activation_function": "silu"}, "activation `silu`"),
+    ],
+)
+def test_what_gpt2_cannot_do_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT2, **changes}))
     with pytest.raises(UserError, match=words):
         hub.read_config(tmp_path)
 
 
-def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    config = TransformerConfig(vocab=96, context=64, layers=1, width=32, heads=4)
-    with pytest.raises(UserError, match="not empty"):
-        hub.write(tmp_path, config, dict(config.build().named_parameters()))
-    assert (tmp_path / "notes.txt").exists()
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", None, "there is no config.json"),
+        ("config.json", "{", "not valid JSON"),
+        ("config.json", "[]", "not a JSON object"),
+        ("model.safetensors", None, "model.safetensors is missing"),
+        ("model.safetensors", "half a file", "not a safetensors file"),
+        (hub.INDEX, '{"weight_map": {"a": "model-2.safetensors"}}', "model-2.safetensors is missing"),
+    ],
+)
+def test_damaged_folders_are_told(file: str, content: str | None, words: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=words):
+        ours(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "family", "option"),
+    [
+        ({"positions": "rotary"}, "", "positions"),
+        ({"norm_at": "post"}, "", "norm_at"),
+        ({"causal": False}, "", "causal"),
+        ({"bias": False}, "", "bias"),
+        ({"qkv_bias": False}, "", "qkv_bias"),
+        ({"kv_heads": 2}, "", "kv_heads"),
+        ({"head_width": 16}, "", "head_width"),
+        ({"activation": "swiglu"}, "", "activation"),
+        ({**LLAMA, "bias": True}, "", "bias"),
+        ({**LLAMA, "activation": "gelu"}, "", "activation"),
+        ({**LLAMA, "qkv_bias": True, "qk_norm": True}, "", "qkv_bias"),
+        (LLAMA, "gpt2", "norm"),
+        (LLAMA, "qwen2", "family"),
+        (LLAMA, "lama", "family"),
+    ],
+    ids=str,
+)
+def test_what_no_family_can_hold_is_refused(options: dict, family: str, option: str, tmp_path: Path) -> None:
+    model = fresh(**options)
+    with pytest.raises(UserError) as error:
+        hub.write(tmp_path / "out", model.config, named(model), family=family)
+    assert error.value.where.rpartition(".")[2] == option
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_shape_are_not_written(tmp_path: Path) -> None:
+    model = fresh()
+    weights = named(model)
+    del weights["norm.bias"]
+    weights |= {"blocks.0.mlp.up.lora_a": torch.zeros(2, 32), "blocks.1.attention.qkv.weight": torch.zeros(3, 32)}
+    with pytest.raises(UserError) as error:
+        hub.write(tmp_path / "out", model.config, weights)
+    assert "missing: norm.bias; unexpected: blocks.0.mlp.up.lora_a; misshapen: blocks.1.attention" in str(error.value)
+    hub.write(tmp_path / "out", model.config, model.state_dict())  # with the tied head, as people pass it
+
+
+def test_only_our_own_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = fresh(), fresh(init_std=0.5)
+    out = tmp_path / "out"
+    hub.write(out, first.config, named(first), shard_bytes=20_000)
+    hub.write(out, second.config, named(second))
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert difference(ours(out), second) == 0.0
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "save_file", full)
+        with pytest.raises(UserError, match="no space left"):
+            hub.write(out, first.config, named(first))
+    assert difference(ours(out), second) == 0.0
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"not empty.*notes\.txt"):
+        hub.write(out, first.config, named(first))
+    with pytest.raises(UserError, match="is a file"):
+        hub.write(out / "notes.txt", first.config, named(first))
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "auto"), [({}, True), (LLAMA, True), ({**LLAMA, "qk_norm": True}, True),
+                          ({**LLAMA, "qkv_bias": True}, False)], ids=str,
+)  # fmt: skip
+def test_the_tokenizer_comes_along(options: dict, auto: bool, tmp_path: Path) -> None:
+    text = "hello world, it's  2024!\n"
+    tokenizer = train_bpe(iter([text * 20]), 300)
+    model = fresh(**{**options, "vocab": tokenizer.vocab})
+    hub.write(tmp_path / "out", model.config, named(model), tokenizer)
+    kind = transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast
+    read = kind.from_pretrained(tmp_path / "out")
+    assert read(text)["input_ids"] == tokenizer.encode(text)
+    assert (read.eos_token_id, read.bos_token_id) == (tokenizer.end, tokenizer.end)
+    assert "token_type_ids" not in read(text)
+    again = reopened(tmp_path / "out")
+    assert (again.config.bos_token_id, again.config.eos_token_id) == (tokenizer.end, tokenizer.end)
+    assert again.config.pad_token_id is None  # or transformers would freeze that row of the embedding
+    assert again.generation_config.pad_token_id == tokenizer.end
+    prompt = torch.tensor([tokenizer.encode("hello")])
+    out = again.generate(prompt, max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        assert out[0, prompt.shape[1]] == model(prompt)[0, -1].argmax()
 
 
 def test_a_recipe_may_start_from_a_folder(tmp_path: Path) -> None:
-    theirs("gpt2").save_pretrained(tmp_path)
+    saved(tmp_path, "gpt2")
     options = expand({"from": str(tmp_path), "dropout": 0.1})
     assert (options["width"], options["dropout"], options["source"]) == (32, 0.1, str(tmp_path))
+
+
+@pytest.mark.parametrize("preset", [name for name, options in PRESETS.items() if "vocab" in options])
+def test_real_sizes_have_the_tensors_of_transformers(preset: str) -> None:
+    config = TransformerConfig(**PRESETS[preset])
+    family = "gpt2" if preset.startswith("gpt") else "llama"
+    raw = options_to(family, config)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if config.tied:
+        del shapes[hub.HEAD]
+    assert tensors(family, config) == shapes
+
+
+def test_the_published_form_of_gpt2_is_the_preset(tmp_path: Path) -> None:
+    published = {"model_type": "gpt2", "activation_function": "gelu_new", "vocab_size": 50257, "n_positions": 1024,
+                 "n_ctx": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    assert TransformerConfig(**hub.read_config(tmp_path)) == TransformerConfig(**PRESETS["gpt2-small"])
+
+
+def test_transformers_is_not_imported() -> None:
+    code = "import sys, scrimp.models.hub; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -50,11 +50,12 @@ def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Ten
         UserError: with every missing, unexpected and misshapen tensor, by the folder's names.
     """
     folder = Path(folder)
-    family = FAMILIES[_family(folder)[0]]
+    model_type, _ = _family(folder)
+    family, expected = FAMILIES[model_type], tensors(model_type, config)
     held = _open(folder)
     # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
     root = "" if any(name.startswith(family.root) for name in held) else family.root
-    wanted = {name.removeprefix(root): shape for name, shape in tensors(_family(folder)[0], config).items()}
+    wanted = {name.removeprefix(root): shape for name, shape in expected.items()}
     head = held.pop(HEAD, None) if config.tied else None
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
     faults = _misfit(wanted, shapes)
@@ -91,6 +92,9 @@ def write(
 ) -> str:
     """Write a folder that `transformers` loads; returns its family. An earlier export is replaced once all is written.
 
+    transformers 5 gives Qwen2 folders Qwen's own way of splitting text, whatever tokenizer they hold: load another
+    tokenizer there by `PreTrainedTokenizerFast`, not by `AutoTokenizer`.
+
     Args:
         named: weights under our names; a tied head may be absent.
         tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None.
@@ -102,7 +106,7 @@ def write(
     """
     folder = Path(folder).resolve()
     family = family_of(config, family)
-    theirs = _theirs(family, config, named, folder)
+    theirs = FAMILIES[family].write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"
     try:
@@ -117,9 +121,8 @@ def write(
         _replace(folder, partial)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot be written: {error}.", str(folder), "Free some space or choose another one."
-        ) from error
+        fix = "Free some space or choose another folder."
+        raise UserError(f"cannot be written: {error}.", str(folder), fix) from error
     return family
 
 
@@ -180,24 +183,18 @@ def _misfit(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int
     return "; ".join(parts)
 
 
-def _theirs(family: str, config: TransformerConfig, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Our weights -> views of them under the family's names."""
+def _checked(config: TransformerConfig, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The weights, if they are exactly the model's; a tied head that equals the embedding is dropped."""
     ours = {name: tensor.detach() for name, tensor in named.items()}
     if config.tied and "head.weight" in ours and torch.equal(ours["head.weight"], ours["embed.weight"]):
         del ours["head.weight"]
-    fused = [n for n, t in ours.items() if ".attention.qkv." in n and t.shape[0] != _qkv(config)]
-    theirs = FAMILIES[family].write({n: t for n, t in ours.items() if n not in fused}, config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
-    faults = _misfit(tensors(family, config), shapes)
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in config.build().named_parameters()}
+    faults = _misfit(wanted, {name: tuple(tensor.shape) for name, tensor in ours.items()})
     if faults:
         fix = "A technique may have changed the architecture in a way that the format cannot say."
-        raise UserError(f"the weights are not those of the {family} model. {faults}.", str(folder), fix)
-    return theirs
-
-
-def _qkv(c: TransformerConfig) -> int:
-    """Rows of the fused q, k and v."""
-    return (c.heads + 2 * (c.kv_heads or c.heads)) * c.head
+        raise UserError(f"the weights are not those of the model. {faults}.", str(folder), fix)
+    return ours
 
 
 def _refuse_foreign(folder: Path) -> None:

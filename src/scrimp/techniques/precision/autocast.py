@@ -12,8 +12,8 @@ less. Not for: CPUs without 16-bit instructions (avx512_bf16, avx512_fp16, amx),
 float32.
 
 bfloat16 has float32's range and needs no scale; take it where the hardware offers both. The casts of weights are not
-cached: a cache would keep them through the whole forward pass even when recompute drops them, and one filled without
-gradients would detach the weights. float64 is left alone by torch's autocast.
+cached: a cache would keep them through the whole forward pass even where recompute drops them. Which operators run in
+16 bits is torch's list; float64 is left alone.
 """
 
 from __future__ import annotations

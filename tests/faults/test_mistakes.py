@@ -1,0 +1,126 @@
+"""What users do wrong, and what they are told."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TinyData, example, recipe
+
+from scrimp.errors import RecipeError, UserError
+from scrimp.recipe import Recipe
+from scrimp.train import train
+
+GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"modle": "gpt-4m"}, "modle: unknown key `modle`. Did you mean model"),
+        ({"lion": {}}, "`lion` is a technique: put it under `techniques:`"),
+        ({"model": "gpt-5m"}, "model.preset: there is no preset `gpt-5m`. Did you mean"),
+        ({"model": {"widht": 3}}, "model.widht: unknown setting `widht`. Did you mean width"),
+        ({"model": {"width": 30, "heads": 4}}, "width 30 is not a multiple of heads 4"),
+        ({"techniques": {"adamv": {}}}, "techniques.adamv: there is no technique `adamv`. Did you mean"),
+        ({"techniques": {"adamw": {"lr": "fast"}}}, "techniques.adamw.lr: input should be a valid number"),
+        ({"techniques": {"adamw": {"larning": 1}}}, "unknown setting `larning`"),
+        ({"techniques": {"adamw": {}, "lion": {}}}, "`adamw` and `lion` both set the update rule. Drop one of them"),
+        ({"techniques": {"clip": {}}}, "no technique sets the update rule. Add one of adamw"),
+        ({"techniques": {"adamw": {}, "clip": {"norm": -1}}}, "techniques.clip: norm must"),
+        ({"techniques": ["adamw", "adamw"]}, "`adamw` appears twice"),
+        ({"duration": "5 minutes"}, "duration: `5 minutes` is not a duration. Write it as"),
+        ({"batch": 0}, "batch: must be at least 1"),
+        ({"device": "tpu"}, "device: `tpu` is not one of auto, cpu, cuda"),
+        ({"data": {"holdout": 2}}, "data: holdout must be between 0 and 1"),
+        ({"checkpoint": {"keeep": 2}}, "checkpoint.keeep: unknown setting `keeep`. Did you mean keep"),
+        ({"task": "casual-lm"}, "task: there is no task `casual-lm`. Did you mean causal-lm"),
+    ],
+)
+def test_a_fault_says_what_where_and_what_to_do(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        Recipe.read(GOOD | change)
+    assert words in str(error.value)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    raw = {"modle": 1, "batch": -1, "duration": "x", "techniques": {"adamw": {}, "sgd": {}, "clipp": {}}}
+    with pytest.raises(RecipeError) as error:
+        Recipe.read(raw)
+    assert len(error.value.faults) == 5
+    assert "The recipe has 5 faults" in str(error.value)
+
+
+def test_numbers_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("seed: 010\ntechniques:\n  adamw: {lr: 1e-4}\n")
+    assert Recipe.load(path).techniques[0].lr == 1e-4  # type: ignore[attr-defined]
+    again = Recipe.load(path, ["lion.lr=3e-4", "adamw=off", "steps=200", "data.context=64", "clip=on"])
+    assert {t.name for t in again.techniques} == {"lion", "clip"}
+    assert (again.duration, again.data.context) == ("200 step", 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("techniques: [", "not valid YAML"), ("- 1", "must be a mapping"), ("a: 1\na: 2", "given twice"),
+     ("x: !!python/object:os.system {}", "not valid YAML")],
+)  # fmt: skip
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        Recipe.load(path)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_parameter() -> None:
+    made = recipe(example("sgd", lr=1e30), dtype="float32")
+    with pytest.raises(UserError) as error:
+        train(made, save=False)
+    text = str(error.value)
+    assert "at step" in text
+    assert "the largest gradient is that of `" in text
+    assert "lower learning rate" in text
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run's folder"):
+        train(resume=tmp_path)
+
+
+def test_early_stop_and_best(tmp_path: Path) -> None:
+    made = recipe(
+        example("sgd", lr=5.0),
+        out=str(tmp_path),
+        name="r",
+        duration="60 step",
+        validate={"every": "1 step", "batches": 1},
+        stop={"patience": 3},
+        checkpoint={"every": 0, "best": True},
+    )
+    result = train(made, data=TinyData().open())
+    assert result.reason == "stopped early"
+    assert result.run.clock.step < 60
+    assert (tmp_path / "r/checkpoints/best/model.safetensors").exists()
+    assert math.isfinite(result.validation["loss"])
+
+
+def test_adapter_only_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    made = recipe(example("lora"), out=str(tmp_path), name="r", checkpoint={"adapter_only": True, "every": "2 step"})
+    train(made, data=TinyData().open())
+    held = load_file(next((tmp_path / "r/checkpoints").glob("step-*")) / "model.safetensors")
+    assert held
+    assert all(".lora." in name for name in held)
+
+
+def test_a_new_run_may_start_from_old_weights(tmp_path: Path) -> None:
+    from tiny import run_of
+
+    made = recipe(out=str(tmp_path), name="old")
+    old = train(made, data=TinyData().open())
+    fresh = run_of(recipe(example("adamw")), source={"model": old.run.state()["model"]})
+    assert torch.equal(fresh.model.embed.weight, old.run.model.embed.weight)
