@@ -1,11 +1,10 @@
-"""Hugging Face folders: logits equal transformers' both ways, and misfits are told by name."""
+"""Hugging Face folders: logits equal those of transformers, read and written."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from scrimp.errors import UserError
 from scrimp.models import hub
 from scrimp.models.hub_config import options_to
 from scrimp.models.hub_names import tensors
-from scrimp.models.presets import PRESETS, expand
+from scrimp.models.presets import PRESETS
 from scrimp.models.transformer import Transformer, TransformerConfig
 from scrimp.weights import initialize, load_weights, materialize
 
@@ -48,8 +47,12 @@ TOKENS = torch.arange(2 * 60).view(2, 60) * 7 % 96
 
 
 def theirs(family: str, options: dict[str, Any]) -> Any:
+    return perturbed(transformers.AutoConfig.for_model(family, **options))
+
+
+def perturbed(config: Any) -> Any:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **options))
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():  # norms and biases too, so that a mix-up shows
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
@@ -97,6 +100,11 @@ def reopened(folder: Path) -> Any:
     return model.eval()
 
 
+def spelled(c: TransformerConfig) -> TransformerConfig:
+    """The same options, with the sizes that may be left out."""
+    return replace(c, hidden=c.mlp, head_width=c.head)
+
+
 def difference(a: nn.Module, b: nn.Module) -> float:
     with torch.no_grad():
         x, y = (getattr(out, "logits", out) for out in (a(TOKENS), b(TOKENS)))
@@ -124,7 +132,7 @@ def test_logits_equal_both_ways(case: str, tmp_path: Path, table: list[str]) -> 
     assert back < 1e-5
     a, b = load_file(tmp_path / "in/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert hub.read_config(tmp_path / "out") | {"hidden": 0} == hub.read_config(tmp_path / "in") | {"hidden": 0}
+    assert spelled(TransformerConfig(**hub.read_config(tmp_path / "out"))) == spelled(read.config)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +187,10 @@ def test_half_precision_files_keep_their_type(case: str, dtype: torch.dtype, tmp
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("scaling", [None, SCALING, {**SCALING, "rope_type": None, "type": "llama3"}])
+@pytest.mark.parametrize("scaling", [None, SCALING, {**SCALING, "type": "llama3"}])
 def test_rotary_settings_of_earlier_versions(scaling: dict[str, Any] | None, tmp_path: Path) -> None:
+    if scaling and "type" in scaling:  # before 4.43
+        scaling = {key: value for key, value in scaling.items() if key != "rope_type"}
     saved(tmp_path / "in", rope_parameters=None, rope_theta=700.0, rope_scaling=scaling)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "in").eval()
     read = ours(tmp_path / "in")
@@ -204,7 +214,7 @@ def test_rotary_settings_of_earlier_versions(scaling: dict[str, Any] | None, tmp
 )
 def test_absent_and_idle_settings_mean_what_they_mean_there(case: str, changes: dict, tmp_path: Path) -> None:
     saved(tmp_path / "in", case, **changes)
-    model = theirs(CASES[case][0], json.loads((tmp_path / "in/config.json").read_text()))
+    model = perturbed(transformers.AutoConfig.from_pretrained(tmp_path / "in"))
     model.save_pretrained(tmp_path / "weights")
     (tmp_path / "weights/model.safetensors").replace(tmp_path / "in/model.safetensors")
     assert difference(model, ours(tmp_path / "in")) < 1e-5
@@ -222,157 +232,14 @@ def test_base_models_buffers_and_tied_heads_are_read(tmp_path: Path) -> None:
         ours(tmp_path)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
 def test_weights_stay_on_disk_until_they_are_used(tmp_path: Path) -> None:
     saved(tmp_path, "gpt2")
     weights = hub.read_weights(tmp_path, TransformerConfig(**hub.read_config(tmp_path)))
-    starts = {t.untyped_storage().data_ptr() for t in weights.values()}
-    assert len(starts) < len(weights), "each tensor has memory of its own"
-
-
-def test_a_folder_that_does_not_fit_names_every_tensor(tmp_path: Path) -> None:
-    saved(tmp_path)
-    held = load_file(tmp_path / "model.safetensors")
-    del held["model.norm.weight"], held["model.layers.1.self_attn.k_proj.weight"]
-    held["model.extra"] = torch.zeros(1)
-    held["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError) as error:
-        ours(tmp_path)
-    text = str(error.value)
-    assert "missing: model.norm.weight, model.layers.1.self_attn.k_proj.weight;" in text
-    assert "unexpected: model.extra;" in text
-    assert "misshapen: model.layers.0.mlp.up_proj.weight [3, 3] instead of [48, 32]." in text
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model_type": "lama"}, "Did you mean llama"),
-        ({"hidden_act": "relu"}, "activation `relu`"),
-        ({"hidden_size": None}, "does not say hidden_size"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "`yarn`"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "`linear`"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor, high_freq_factor"),
-        ({"partial_rotary_factor": 0.5}, "part of 0.5"),
-        ({"attention_bias": True}, "biases in the attention"),
-        ({"mlp_bias": True}, "biases in the MLP"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
-        ({"model_type": "qwen3", "attention_bias": True}, "biases in the attention"),
-        ({"model_type": "mistral", "sliding_window": 8, "use_sliding_window": False}, "sliding window of 8"),
-        ({"model_type": "mistral", "max_position_embeddings": 8192}, "sliding window of 4096"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
-            "sliding window of 8",
-        ),
-    ],
-)
-def test_what_cannot_be_done_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZE}))
-    assert hub.read_config(tmp_path)["width"] == 32
-    change(tmp_path, **changes)
-    with pytest.raises(UserError, match=words) as error:
-        hub.read_config(tmp_path)
-    assert "config.json" in error.value.where
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        ({"scale_attn_weights": False}, "scale_attn_weights"),
-        ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"activation_function": "silu"}, "activation `silu`"),
-    ],
-)
-def test_what_gpt2_cannot_do_is_refused(changes: dict, words: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **GPT2, **changes}))
-    with pytest.raises(UserError, match=words):
-        hub.read_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("config.json", None, "there is no config.json"),
-        ("config.json", "{", "not valid JSON"),
-        ("config.json", "[]", "not a JSON object"),
-        ("model.safetensors", None, "model.safetensors is missing"),
-        ("model.safetensors", "half a file", "not a safetensors file"),
-        (hub.INDEX, '{"weight_map": {"a": "model-2.safetensors"}}', "model-2.safetensors is missing"),
-    ],
-)
-def test_damaged_folders_are_told(file: str, content: str | None, words: str, tmp_path: Path) -> None:
-    saved(tmp_path)
-    if content is None:
-        (tmp_path / file).unlink()
-    else:
-        (tmp_path / file).write_text(content)
-    with pytest.raises(UserError, match=words):
-        ours(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "family", "option"),
-    [
-        ({"positions": "rotary"}, "", "positions"),
-        ({"norm_at": "post"}, "", "norm_at"),
-        ({"causal": False}, "", "causal"),
-        ({"bias": False}, "", "bias"),
-        ({"qkv_bias": False}, "", "qkv_bias"),
-        ({"kv_heads": 2}, "", "kv_heads"),
-        ({"head_width": 16}, "", "head_width"),
-        ({"activation": "swiglu"}, "", "activation"),
-        ({**LLAMA, "bias": True}, "", "bias"),
-        ({**LLAMA, "activation": "gelu"}, "", "activation"),
-        ({**LLAMA, "qkv_bias": True, "qk_norm": True}, "", "qkv_bias"),
-        (LLAMA, "gpt2", "norm"),
-        (LLAMA, "qwen2", "family"),
-        (LLAMA, "lama", "family"),
-    ],
-    ids=str,
-)
-def test_what_no_family_can_hold_is_refused(options: dict, family: str, option: str, tmp_path: Path) -> None:
-    model = fresh(**options)
-    with pytest.raises(UserError) as error:
-        hub.write(tmp_path / "out", model.config, named(model), family=family)
-    assert error.value.where.rpartition(".")[2] == option
-    assert not list(tmp_path.iterdir())
-
-
-def test_weights_of_another_shape_are_not_written(tmp_path: Path) -> None:
-    model = fresh()
-    weights = named(model)
-    del weights["norm.bias"]
-    weights |= {"blocks.0.mlp.up.lora_a": torch.zeros(2, 32), "blocks.1.attention.qkv.weight": torch.zeros(3, 32)}
-    with pytest.raises(UserError) as error:
-        hub.write(tmp_path / "out", model.config, weights)
-    assert "missing: norm.bias; unexpected: blocks.0.mlp.up.lora_a; misshapen: blocks.1.attention" in str(error.value)
-    hub.write(tmp_path / "out", model.config, model.state_dict())  # with the tied head, as people pass it
-
-
-def test_only_our_own_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = fresh(), fresh(init_std=0.5)
-    out = tmp_path / "out"
-    hub.write(out, first.config, named(first), shard_bytes=20_000)
-    hub.write(out, second.config, named(second))
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    assert difference(ours(out), second) == 0.0
-
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hub, "save_file", full)
-        with pytest.raises(UserError, match="no space left"):
-            hub.write(out, first.config, named(first))
-    assert difference(ours(out), second) == 0.0
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"not empty.*notes\.txt"):
-        hub.write(out, first.config, named(first))
-    with pytest.raises(UserError, match="is a file"):
-        hub.write(out / "notes.txt", first.config, named(first))
-    assert (out / "notes.txt").read_text() == "mine"
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    spans = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    off = [n for n, t in weights.items() if not any(a <= t.data_ptr() < b for a, b in spans)]
+    assert not off
 
 
 @pytest.mark.parametrize(
@@ -399,12 +266,6 @@ def test_the_tokenizer_comes_along(options: dict, auto: bool, tmp_path: Path) ->
         assert out[0, prompt.shape[1]] == model(prompt)[0, -1].argmax()
 
 
-def test_a_recipe_may_start_from_a_folder(tmp_path: Path) -> None:
-    saved(tmp_path, "gpt2")
-    options = expand({"from": str(tmp_path), "dropout": 0.1})
-    assert (options["width"], options["dropout"], options["source"]) == (32, 0.1, str(tmp_path))
-
-
 @pytest.mark.parametrize("preset", [name for name, options in PRESETS.items() if "vocab" in options])
 def test_real_sizes_have_the_tensors_of_transformers(preset: str) -> None:
     config = TransformerConfig(**PRESETS[preset])
@@ -423,8 +284,3 @@ def test_the_published_form_of_gpt2_is_the_preset(tmp_path: Path) -> None:
                  "n_ctx": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(published))
     assert TransformerConfig(**hub.read_config(tmp_path)) == TransformerConfig(**PRESETS["gpt2-small"])
-
-
-def test_transformers_is_not_imported() -> None:
-    code = "import sys, scrimp.models.hub; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
