@@ -20,6 +20,7 @@ from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.meter import memory_peak
 from scrimp.models.generate import generate
+from scrimp.products import fast_products
 from scrimp.run import Run, build, configured
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def train(
         session.latest = meta["validation"]
     handlers = _catch_interrupts(session)
     try:
-        return _stages(recipe, data, clock, session, last, start, (meta or {}).get("decisions", {}))
+        with fast_products():
+            return _stages(recipe, data, clock, session, last, start, (meta or {}).get("decisions", {}))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

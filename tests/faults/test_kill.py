@@ -124,7 +124,9 @@ def test_ctrl_c_saves_and_leaves(place: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "meta"])
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(place: Path, tmp_path: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_offered(
+    place: Path, tmp_path: Path, harm: str
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(place / "runs/whole", run)
     last = checkpoint.snapshots(run / "checkpoints")[-1]

@@ -41,11 +41,11 @@ def test_traced_blocks_compute_the_same() -> None:
 
 
 @pytest.mark.parametrize("others", [(), ("recompute",)])
-def test_blocks_share_one_graph(others: tuple[str, ...]) -> None:
-    """Ten blocks are more than torch would compile apart."""
-    ten = MODEL | {"layers": 10, "dropout": 0.0}
+def test_blocks_share_graphs(others: tuple[str, ...]) -> None:
+    """Ten blocks are more than torch would compile apart; dropout numbers its places."""
+    ten = MODEL | {"layers": 10}
     gradients(run_of(recipe(example("compile", backend="eager"), *map(example, others), model=ten)))
-    assert counters["stats"]["unique_graphs"] == 1
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
     assert not counters["graph_break"]
 
 
@@ -59,7 +59,7 @@ def test_recompute_inside_gives_the_same_gradients(mode: str) -> None:
 
 @pytest.mark.slow
 def test_inductor_computes_the_same() -> None:
-    small = MODEL | {"layers": 2, "dropout": 0.0}
+    small = MODEL | {"layers": 4}
     near(
         gradients(run_of(recipe(model=small))),
         gradients(run_of(recipe(example("compile", backend="inductor"), model=small))),

@@ -183,6 +183,8 @@ def test_half_precision_files_keep_their_type(case: str, dtype: torch.dtype, tmp
     assert difference(hub.loaded(tmp_path / "in"), wide) < 1e-5
     hub.write(tmp_path / "out", config, weights)
     assert reopened(tmp_path / "out").dtype == dtype
+    raw = json.loads((tmp_path / "out/config.json").read_text())
+    assert raw["dtype"] == raw["torch_dtype"] == str(dtype).removeprefix("torch.")
     a, b = load_file(tmp_path / "in/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
@@ -205,7 +207,7 @@ def test_rotary_settings_of_earlier_versions(scaling: dict[str, Any] | None, tmp
     ("case", "changes"),
     [
         ("mistral", {"sliding_window": 64}),
-        ("mistral", {"num_attention_heads": 8, "num_key_value_heads": None, "hidden_size": 64, "head_dim": 8}),
+        ("mistral", {"num_attention_heads": 16, "num_key_value_heads": None, "head_dim": 8}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "layer_types": None}),
         ("qwen2", {"use_sliding_window": False, "sliding_window": 8}),
         ("qwen3", {"head_dim": None, "num_key_value_heads": 4}),

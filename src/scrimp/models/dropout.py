@@ -24,20 +24,21 @@ class Dropout(nn.Module):
     def __init__(self, p: float, site: int) -> None:
         super().__init__()
         self.p, self.site = p, site
+        # Not in `forward`: compiled, the product would be symbolic, for which inductor makes invalid C++.
+        self.key = site * 0x9E3779B1 & 0xFFFFFFFF
 
     def forward(self, x: Tensor, sample: Tensor | None = None) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
         if sample is None:
             raise ValueError("dropout needs the samples' numbers: pass `sample` to the model.")
-        return x * keep(x.shape, sample, self.site, self.p, x.device).to(x.dtype) / (1 - self.p)
+        return x * keep(x.shape, sample, self.key, self.p, x.device).to(x.dtype) / (1 - self.p)
 
 
-@torch.compiler.disable  # inductor makes invalid C++ of these integer products
-def keep(shape: torch.Size, sample: Tensor, site: int, p: float, device: torch.device) -> Tensor:
+def keep(shape: torch.Size, sample: Tensor, key: int, p: float, device: torch.device) -> Tensor:
     """Boolean mask [B, T, C], True with probability 1 - p."""
     _, tokens, width = shape
-    row = mixed(mixed(sample.to(device) & 0xFFFFFFFF) ^ (site * 0x9E3779B1 & 0xFFFFFFFF))[:, None, None]
+    row = mixed(mixed(sample.to(device) & 0xFFFFFFFF) ^ key)[:, None, None]
     token = mixed(row ^ torch.arange(tokens, device=device)[:, None])
     bits = mixed(token ^ (torch.arange(width, device=device) * 0x85EBCA6B & 0xFFFFFFFF))
     return bits >= int(p * 2**32)
