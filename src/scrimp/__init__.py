@@ -1,10 +1,11 @@
 """Scrimp trains Transformers on less: less computation, less data, less memory.
 
-import scrimp
-from scrimp.techniques.optimizers.lion import Lion
+    from scrimp import Lion, LoRA, Recipe, apply, train
 
-result = scrimp.train(scrimp.Recipe(model="gpt-4m", techniques=(Lion(lr=1e-4),), duration="200 step"))
-model = scrimp.apply(model, [scrimp.technique("lora")(rank=8)])
+    result = train(Recipe(model="gpt-4m", techniques=(Lion(lr=1e-4),), duration="200 step"))
+    model = apply(model, [LoRA(rank=8)])
+
+Every technique's class is here by name; so are `Recipe`, `train`, `apply`, `Technique`, `Card` and the errors.
 """
 
 from __future__ import annotations
@@ -12,30 +13,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scrimp.arrange import arrange
     from scrimp.errors import RecipeError, UserError
     from scrimp.recipe import Recipe
-    from scrimp.registry import technique_class as technique
     from scrimp.run import apply
     from scrimp.technique import Card, Technique
-    from scrimp.train import train
+    from scrimp.training import train
 
-__all__ = ["Card", "Recipe", "RecipeError", "Technique", "UserError", "apply", "arrange", "technique", "train"]
+__all__ = ["Card", "Recipe", "RecipeError", "Technique", "UserError", "apply", "train"]
 
 _HOMES = {
     "Card": "technique", "Technique": "technique", "Recipe": "recipe", "RecipeError": "errors", "UserError": "errors",
-    "apply": "run", "arrange": "arrange", "technique": "registry:technique_class", "train": "train",
+    "apply": "run", "train": "training",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name where it is first used, so that `import scrimp` stays fast."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'scrimp' has no attribute {name!r}")
     from importlib import import_module
 
-    home, _, attribute = _HOMES[name].partition(":")
-    value = getattr(import_module(f"scrimp.{home}"), attribute or name)
-    # `scrimp.train` is a module and a function; the function is what users mean.
-    globals()[name] = value
-    return value
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("scrimp")
+    if name in _HOMES:
+        return getattr(import_module(f"scrimp.{_HOMES[name]}"), name)
+    if name[:1].isupper():
+        from scrimp.registry import classes, technique_class
+
+        if name in classes():
+            return technique_class(classes()[name])
+    raise AttributeError(f"module 'scrimp' has no attribute {name!r}")

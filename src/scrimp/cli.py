@@ -58,7 +58,7 @@ def train(
     if resume is not None and (overrides or start is not None):
         raise UserError("a resumed run keeps its recipe.", "scrimp train", "Use --extend, or a new run with --from.")
     loaded = None if recipe is None else load(recipe, overrides)
-    from scrimp.train import train as run
+    from scrimp.training import train as run
 
     with Progress(sys.stdout) as view:
         result = run(loaded, resume=resume, extend=extend, start=start, observe=view)

@@ -44,6 +44,8 @@ def did_you_mean(word: str, known: Iterable[str], listed: int = 12) -> str:
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     if near:
         return f"Did you mean {' or '.join(near)}?"
+    if not listed or not names:
+        return ""
     if len(names) <= listed:
-        return f"Known: {', '.join(names)}." if names else ""
+        return f"Known: {', '.join(names)}."
     return f"Known: {', '.join(names[:listed])}, ..."

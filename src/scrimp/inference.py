@@ -10,7 +10,7 @@ import torch
 from scrimp.clock import Clock
 from scrimp.folder import RunFolder
 from scrimp.run import Run, build, configured, exported, to_device
-from scrimp.train import starting_weights
+from scrimp.training import starting_weights
 
 
 def open_run(place: str | Path) -> Run:

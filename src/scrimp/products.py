@@ -2,8 +2,8 @@
 
 On AMD processors with AVX-512 MKL takes its AVX2 kernels and reaches half of what the cores can do; oneDNN takes
 AVX-512. torch hands float32 products to oneDNN when it is allowed to round their inputs to bfloat16, which oneDNN does
-only with AMX tiles; AMD has none, so the products stay float32. That is not taken on trust: `exact` multiplies numbers that
-bfloat16 cannot hold and compares every bit. `SCRIMP_PRODUCTS=default` leaves torch alone.
+only with AMX tiles; AMD has none, so the products stay float32. That is not taken on trust: `exact` multiplies numbers
+that bfloat16 cannot hold and compares every bit. `SCRIMP_PRODUCTS=default` leaves torch alone.
 
 The choice depends on the processor and not on a timing, so that a resumed run adds in the same order.
 """
@@ -41,7 +41,7 @@ def held_back() -> bool:
     cpu: Any = torch.cpu
     try:
         amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-        wide, tiles = cpu._is_avx512_supported(), cpu._is_amx_tile_supported()  # noqa: SLF001
+        wide, tiles = cpu._is_avx512_supported(), cpu._is_amx_tile_supported()
     except (OSError, AttributeError):
         return False
     return bool(

@@ -46,7 +46,7 @@ class Progress:
             self.bar.stop()
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
-        """Hear one event of `scrimp.train.train`."""
+        """Hear one event of `scrimp.train`."""
         if event == "stage":
             self._stage(fields)
         elif event == "step":

@@ -22,6 +22,7 @@ from scrimp.technique import Technique
 
 GROUPS: Final = {"model": "models", "data": "datasets", "task": "tasks"}
 """Sections of a recipe that name a part, and where such parts are registered."""
+NO_RULE: Final = "no technique sets the update rule."
 STRICT: Final[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
@@ -162,7 +163,7 @@ class Recipe:
         values, faults = override(raw, overrides)
         known = [f.name for f in fields(cls)]
         for key in set(values) - set(known):
-            hint = did_you_mean(key, [*known, "steps"], listed=0)
+            hint = did_you_mean(key, [*known, "steps", *modules()], listed=0)
             if key in modules():
                 hint = f"`{key}` is a technique: put it under `techniques:`."
             faults.append(UserError(f"unknown key `{key}`.", key, hint))
@@ -173,7 +174,8 @@ class Recipe:
         try:
             recipe = cls(**values)
         except RecipeError as error:
-            faults += error.faults
+            # A technique that could not be read may well have been the update rule.
+            faults += [f for f in error.faults if not (more and f.what == NO_RULE)]
             recipe = None
         if recipe is None or faults:
             raise RecipeError(faults)
@@ -228,7 +230,7 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
     faults += clashes(recipe.techniques)
     if not any("update rule" in t.card.sets for t in recipe.techniques):
         fix = "Add one of adamw, adam, lion or sgd."
-        faults.append(UserError("no technique sets the update rule.", "techniques", fix))
+        faults.append(UserError(NO_RULE, "techniques", fix))
     return values
 
 

@@ -105,6 +105,18 @@ def entry(name: str) -> Entry:
     return read_source(name, target, HERE / target.split(".")[2] / f"{name}.py")
 
 
+@cache
+def classes() -> dict[str, str]:
+    """Class of a technique of ours -> its name, read from source."""
+    found: dict[str, str] = {}
+    for name, target in modules().items():
+        if isinstance(target, str):
+            tree = ast.parse((HERE / target.split(".")[2] / f"{name}.py").read_text(encoding="utf-8"))
+            kind = next(node for node in tree.body if isinstance(node, ast.ClassDef) and _is_technique(node))
+            found[kind.name] = name
+    return found
+
+
 def describe(name: str, kind: type[Technique]) -> Entry:
     """An entry from an imported class."""
     about = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()

@@ -18,7 +18,7 @@ from scrimp.meter import LiveBytes
 from scrimp.recipe import Recipe
 from scrimp.registry import catalogue, describe, modules, technique_class
 from scrimp.run import Run
-from scrimp.train import train
+from scrimp.training import train
 from tiny import TinyData, assert_equal, example, flat, recipe, run_of, step
 
 NAMES = sorted(modules())

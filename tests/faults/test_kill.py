@@ -18,7 +18,7 @@ import torch
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
-from scrimp.train import train
+from scrimp.training import train
 
 KILLS = int(os.environ.get("SCRIMP_KILLS", "4"))
 STEPS = 60

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TinyData, example, recipe
 
 from scrimp.errors import RecipeError, UserError
 from scrimp.recipe import Recipe
-from scrimp.train import train
+from scrimp.training import train
+from tiny import TinyData, example, recipe
 
 GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
 

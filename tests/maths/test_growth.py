@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scrimp.errors import UserError
-from scrimp.train import new_clock, train
+from scrimp.training import new_clock, train
 from tiny import example, recipe, run_of
 
 

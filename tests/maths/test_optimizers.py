@@ -11,7 +11,7 @@ from scrimp.errors import UserError
 from scrimp.groups import Multipliers, Several, assign, partition
 from scrimp.registry import technique_class
 from scrimp.techniques.optimizers.lion import LionRule
-from scrimp.train import train
+from scrimp.training import train
 from tiny import assert_equal, example, flat, recipe, run_of, step
 
 GRADS = [torch.tensor([0.5, -2.0, 0.0], dtype=torch.float64), torch.tensor([-1.0, -1.0, 3.0], dtype=torch.float64)]

@@ -1,4 +1,4 @@
-"""A sample of the grid; `make pairs` runs all of it."""
+"""A sample of the grid; `make pairs-full` runs all of it."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def ours(name: str, **settings: Any) -> Callable[[list[nn.Parameter]], Optimizer
     ("mine", "reference", "tolerance"),
     [
         (ours("lion", lr=1e-3, weight_decay=0.1), lambda p: lion_pytorch.Lion(p, lr=1e-3, weight_decay=0.1), 1e-14),
-        (ours("lion", lr=1e-3, weight_decay=0.1), lambda p: pytorch_optimizer.Lion(p, lr=1e-3, weight_decay=0.1), 1e-14),
-        (ours("sgd", lr=0.1, weight_decay=0.01), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01), 1e-14),
+        (ours("lion", lr=1e-3, weight_decay=0.1), lambda p: pytorch_optimizer.Lion(p, 1e-3, weight_decay=0.1), 1e-14),
+        (ours("sgd", lr=0.1, weight_decay=0.01), lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01), 1e-14),
         (ours("adam", lr=1e-2), lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.9, 0.98)), 1e-13),
         (ours("adamw", lr=1e-2), lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1), 1e-13),
     ],

@@ -1,0 +1,81 @@
+"""What users rely on is frozen: the command line and the recipes' schema.
+
+A change on purpose: `SCRIMP_UPDATE_SURFACE=1 pytest tests/surface`, then look at the diff.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from scrimp.cli import app
+from scrimp.schema import schema
+
+HERE = Path(__file__).parent
+
+
+def command_line() -> dict[str, Any]:
+    """Every command with its parameters and defaults."""
+    group: Any = typer.main.get_command(app)
+    return {
+        name: {p.name: [p.opts, str(p.default)] for p in command.params if p.name != "help"}
+        for name, command in sorted(group.commands.items())
+    }
+
+
+def frozen(name: str, now: Any) -> Any:
+    path = HERE / name
+    if os.environ.get("SCRIMP_UPDATE_SURFACE"):
+        path.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
+    return json.loads(path.read_text())
+
+
+def test_the_command_line_is_frozen() -> None:
+    now = json.loads(json.dumps(command_line()))
+    assert now == frozen("cli.json", now)
+
+
+def test_the_schema_is_frozen() -> None:
+    now = json.loads(json.dumps(schema()))
+    assert now == frozen("schema.json", now)
+
+
+def test_the_schema_describes_a_setting() -> None:
+    lion = schema()["properties"]["techniques"]["anyOf"][0]["properties"]["lion"]["anyOf"][0]
+    assert lion["properties"]["lr"] == {
+        "default": 1e-4,
+        "description": "Learning rate before the schedule.",
+        "title": "Lr",
+        "type": "number",
+    }
+    assert lion["additionalProperties"] is False
+
+
+def test_import_and_list_do_not_import_torch() -> None:
+    code = "import sys, scrimp, scrimp.cli, scrimp.registry as r; r.catalogue(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_show_says_what_a_technique_clashes_with() -> None:
+    done = subprocess.run([sys.executable, "-m", "scrimp", "show", "lion"], capture_output=True, text=True, check=True)
+    assert "Clashes with: adam, adamw, sgd" in done.stdout
+    assert "weight_decay: float = 1.0" in done.stdout
+
+
+def test_a_mistake_on_the_command_line_is_two_lines_and_exit_2(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "scrimp", "show", "lyon"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "scrimp: there is no technique `lyon`. Did you mean lion or lora?"
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "scrimp", "train", "none.yaml"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "cannot read the recipe" in done.stderr
+    assert time.monotonic() - began < 60
