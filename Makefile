@@ -32,7 +32,8 @@ pairs-full: $(VENV)/.dev ## Test every pair of techniques instead of a fixed sam
 	SCRIMP_PAIRS=full $(BIN)/python -m pytest tests/pairs $(ARGS)
 
 bench-peers: $(VENV)/.run ## Compare with other libraries, side by side (installs them into ~/.cache/scrimp-bench).
-	$(BIN)/python benchmarks/peers/run.py $(ARGS)
+	$(BIN)/python benchmarks/peers/run.py --workload A16k --rounds 5 --steps 5 $(ARGS)
+	$(BIN)/python benchmarks/peers/run.py --workload gpt2-small --rounds 5 --steps 3 $(ARGS)
 
 clean: ## Delete caches and builds; keeps .venv and runs/.
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
