@@ -2,7 +2,7 @@
 """Atomic snapshots without pickle: safetensors for tensors, JSON for the rest, a checksum for each file.
 
 A snapshot is written under a temporary name, flushed to disk, and renamed. A name without the temporary prefix is
-therefore always complete; what a killed process left behind is removed by the next save.
+therefore always complete; what a killed process left behind is removed after the next save.
 """
 
 from __future__ import annotations
@@ -117,14 +117,17 @@ def _damaged(folder: Path, name: str, how: str) -> UserError:
 
 def snapshots(folder: Path) -> list[Path]:
     """Complete snapshots in a folder, oldest first."""
+    for old in folder.glob(f"{PARTIAL}old-*"):
+        # Killed between two renames: the snapshot that was to be replaced is the one there is.
+        if not (place := folder / old.name.removeprefix(f"{PARTIAL}old-")).exists():
+            old.rename(place)
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def prune(folder: Path, keep: int, spare: str = "") -> None:
-    """Delete all but the newest `keep` snapshots, and `spare`."""
-    for path in snapshots(folder)[: -max(keep, 1)]:
-        if path.name != spare:
-            shutil.rmtree(path, ignore_errors=True)
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` snapshots, and what killed processes left behind."""
+    for path in [*snapshots(folder)[: -max(keep, 1)], *folder.glob(f"{PARTIAL}*")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(path: Path) -> str:

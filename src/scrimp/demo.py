@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scrimp.errors import UserError
+from scrimp.folder import environment
 from scrimp.recipe import Recipe
 from scrimp.registry import technique_class
 
@@ -28,7 +29,7 @@ NAMES: Final = ("plain", "thrifty")
 def recipes(out: Path, steps: int) -> dict[str, Recipe]:
     """The two recipes: same model, data, batch, seed and steps."""
 
-    def make(name: str, lr: float, **techniques: dict[str, Any]) -> Recipe:
+    def make(name: str, **techniques: dict[str, Any]) -> Recipe:
         chosen = tuple(technique_class(key)(**settings) for key, settings in techniques.items())
         return Recipe(
             model="gpt-4m",
@@ -45,12 +46,21 @@ def recipes(out: Path, steps: int) -> dict[str, Recipe]:
         )
 
     shared: dict[str, dict[str, Any]] = {"warmup_cosine": {"warmup": 0.1}, "clip": {"norm": 1.0}}
+    thrift: dict[str, dict[str, Any]] = {"fused_loss": {}, "recompute": {}, "length_warmup": {"start": 0.5}}
+    if _multiplies_16_bits():
+        thrift["autocast"] = {}
     return {
-        "plain": make("plain", 1e-3, adamw={"lr": 1e-3}, **shared),
-        "thrifty": make(
-            "thrifty", 1e-3, adamw={"lr": 1e-3}, **shared, fused_loss={}, recompute={}, length_warmup={"start": 0.5}
-        ),
+        "plain": make("plain", adamw={"lr": 1e-3}, **shared),
+        "thrifty": make("thrifty", adamw={"lr": 1e-3}, **shared, **thrift),
     }
+
+
+def _multiplies_16_bits() -> bool:
+    """Whether this CPU has bfloat16 products; without them autocast would be slower, not faster."""
+    import torch
+
+    cpu: Any = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 def demo(out: Path, steps: int = 0) -> None:
@@ -73,7 +83,9 @@ def demo(out: Path, steps: int = 0) -> None:
     for row in rows:
         console.print(Text(f"\n--- {row['name']} writes ---\n{row['text']}"))
     _plot(out, rows, console)
-    (out / "demo.json").write_text(json.dumps([{k: v for k, v in r.items() if k != "curve"} for r in rows], indent=1))
+    shown = ("name", "techniques", "loss", "training_seconds", "tokens", "tokens_per_second", "peak_bytes", "seconds")
+    runs = [{key: row[key] for key in shown} for row in rows]
+    (out / "demo.json").write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1) + "\n")
     console.print(f"\nBoth runs, demo.json and the plot are in {out}. It took {time.monotonic() - began:.0f} s.")
 
 
@@ -82,8 +94,10 @@ def _affordable(console: Console) -> int:
     import torch
 
     from scrimp.meter import gemm_rate
+    from scrimp.products import fast_products
 
-    rate = gemm_rate(torch.device("cpu"), seconds=0.5)
+    with fast_products():
+        rate = gemm_rate(torch.device("cpu"), seconds=0.5)
     flops = 6 * 5.3e6 * 2048 * 1.35  # weights in products, tokens a step, recomputation
     steps = int(min(STEPS, SECONDS * 0.45 * rate / flops))
     console.print(f"This machine multiplies at {rate / 1e9:.0f} GFLOP/s: {max(steps, 20)} steps a run.")
@@ -110,7 +124,8 @@ def _watch(recipe: Recipe, out: Path, name: str, console: Console) -> dict[str, 
         live.update(_view(folder, recipe))
     if process.returncode != 0 or folder is None:
         raise UserError(f"the {name} run failed: {' '.join(lines[-3:])}", "demo")
-    return {"name": name, "seconds": time.monotonic() - began, **_summary(folder)}
+    techniques = [t.name for t in recipe.techniques]
+    return {"name": name, "techniques": techniques, "seconds": time.monotonic() - began, **_summary(folder)}
 
 
 def _steps(folder: Path | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

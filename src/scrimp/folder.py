@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ class RunFolder:
     board: Any = None
     wandb: Any = None
     began: float = field(default_factory=time.time)
+    step: int = 0
 
     @classmethod
     def create(cls, recipe: Recipe) -> RunFolder:
@@ -58,8 +60,8 @@ class RunFolder:
             UserError: if there is no run or no checkpoint, or the newest one is damaged.
         """
         place = Path(place)
-        if place.name.startswith("step-") or place.name == "best":
-            chosen, path = place, place.parent.parent
+        if place.resolve().parent.name == "checkpoints":
+            chosen, path = place, place.resolve().parent.parent
         else:
             path, found = place, checkpoint.snapshots(place / "checkpoints")
             if not (path / "recipe.yaml").is_file():
@@ -71,8 +73,12 @@ class RunFolder:
         state, meta = checkpoint.load(chosen)
         return cls(path), recipe, state, meta
 
-    def open(self, step: int, recipe: Recipe, data: Any) -> None:
-        """Begin writing after `step`: what an earlier process logged beyond it is cut off."""
+    def open(self, step: int, recipe: Recipe) -> None:
+        """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off."""
+        for snapshot in checkpoint.snapshots(self.path / "checkpoints"):
+            if snapshot.name > f"step-{step:09d}":
+                shutil.rmtree(snapshot)
+        self.step = step
         path = self.path / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         partial = path.with_suffix(".partial")
@@ -93,7 +99,7 @@ class RunFolder:
             # Imported after the first step, so that it delays no start.
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.path / "tensorboard"))
+            self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.step + 1)
         scalars = {k: v for k, v in fields.items() if k != "step" and isinstance(v, int | float)}
         if self.board is not None:
             for key, value in scalars.items():
@@ -137,7 +143,9 @@ def _wandb(recipe: Recipe, path: Path) -> Any:
         raise UserError(
             "Weights & Biases is not installed.", "log.wandb", "pip install wandb, or leave it empty."
         ) from None
-    return wandb.init(project=recipe.log.wandb, dir=str(path), name=path.name, config=recipe.dump(), resume="allow")
+    return wandb.init(
+        project=recipe.log.wandb, dir=str(path), name=path.name, config=recipe.dump(), id=path.name, resume="allow"
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -147,8 +155,17 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "command": sys.argv,
     }
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

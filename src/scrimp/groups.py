@@ -148,14 +148,17 @@ def load_moments(
     Raises:
         UserError: if a moment belongs to no parameter of the optimizer.
     """
-    owner = {id(p): part for part in parts(optimizer) for group in part.param_groups for p in group["params"]}
+    owner = {id(p): (part, g) for part in parts(optimizer) for g in part.param_groups for p in g["params"]}
     for kind, tensors in kinds.items():
+        moment = kind.removeprefix("optimizer.")
         for name, value in tensors.items():
             if name not in names or id(names[name]) not in owner:
                 raise UserError(f"the checkpoint has `{kind}` of `{name}`, which is not trained here.", "checkpoint")
             p = names[name]
-            device = p.device if value.ndim or kind != "optimizer.step" else value.device
-            owner[id(p)].state[p][kind.removeprefix("optimizer.")] = value.to(device, copy=True)
+            part, group = owner[id(p)]
+            # As torch places them: counters stay on the host unless a fused kernel reads them on the device.
+            host = moment == "step" and not (group.get("fused") or group.get("capturable"))
+            part.state[p][moment] = value.to("cpu" if host else p.device, copy=True)
 
 
 def parts(optimizer: Optimizer) -> list[Optimizer]:

@@ -9,8 +9,9 @@ import torch
 
 from scrimp.clock import Clock
 from scrimp.folder import RunFolder
+from scrimp.products import fast_products
+from scrimp.restore import same_data, whole
 from scrimp.run import Run, build, configured, exported, to_device
-from scrimp.training import starting_weights
 
 
 def open_run(place: str | Path) -> Run:
@@ -21,9 +22,8 @@ def open_run(place: str | Path) -> Run:
     """
     _, recipe, state, meta = RunFolder.reopen(place)
     data = recipe.data.open()
-    if recipe.checkpoint.adapter_only:
-        source = starting_weights(recipe, data, None)
-        state = {**state, "model": {**source["model"], **state["model"]}} if source else state
+    same_data(data, meta)
+    state = whole(recipe, data, state, meta)
     return build(recipe, data, Clock(**meta["clock"]), last=state, decisions=meta["decisions"])
 
 
@@ -40,7 +40,8 @@ def evaluate(place: str | Path, batches: int = 0) -> dict[str, float]:
 
     parts = (to_device(run.task.batch(held.windows(span), span), run.device) for span in spans)
     assert run.evaluate is not None
-    return run.evaluate(lambda model: run.task.evaluate(model, parts))
+    with fast_products():
+        return run.evaluate(lambda model: run.task.evaluate(model, parts))
 
 
 def continue_text(place: str | Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
@@ -52,7 +53,8 @@ def continue_text(place: str | Path, prompt: str, tokens: int, temperature: floa
     ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)
     assert run.evaluate is not None
-    out = run.evaluate(lambda model: generate(model, ids, tokens, temperature, chance, tokenizer.end))
+    with fast_products():
+        out = run.evaluate(lambda model: generate(model, ids, tokens, temperature, chance, tokenizer.end))
     return tokenizer.decode([i for i in out.tolist() if i != tokenizer.end])
 
 

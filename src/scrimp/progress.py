@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from scrimp.meter import flops_per_token, gemm_rate
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
 
 
 class Progress:
@@ -62,7 +66,7 @@ class Progress:
         run = fields["run"]
         self.end, self.last = run.clock.end, run.clock.position
         self.flops = flops_per_token(run.model, getattr(getattr(run.model, "config", None), "context", 0))
-        self.rate = self.rate or gemm_rate(run.device)
+        self.rate = self.rate or gemm_rate(run.device, precision(run))
         if self.bar is not None:
             self.bar.update(self.task, total=self.end, completed=run.clock.position)
 
@@ -94,6 +98,14 @@ class Progress:
             self.console.print(f"{self.label}{fields['reason']}: held-out loss {fields['loss']:.4f}")
         if fields["text"]:
             self.console.print(fields["text"], markup=False)
+
+
+def precision(run: Run) -> torch.dtype:
+    """The type in which a run multiplies: its peak is the one to compare with."""
+    for technique in run.recipe.techniques:
+        if "compute precision" in technique.card.sets:
+            return getattr(torch, getattr(technique, "dtype"))  # noqa: B009
+    return getattr(torch, run.recipe.dtype)
 
 
 def duration(seconds: float) -> str:

@@ -111,7 +111,11 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
         if not equals:
             faults.append(UserError(f"`{word}` is not `key=value`.", "command line", "Write for example `steps=200`."))
             continue
-        value = yaml.load(text, Loader=Loader) if text else ""
+        try:
+            value = yaml.load(text, Loader=Loader) if text else ""
+        except yaml.YAMLError:
+            faults.append(UserError(f"`{text}` is not a YAML value.", f"command line, {key}"))
+            continue
         head, *rest = key.removeprefix("techniques.").split(".")
         if head in modules() and named is not None:
             if not rest:
@@ -123,6 +127,9 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
         elif head in modules():
             fix = "Edit the recipe: a technique appears twice in it."
             faults.append(UserError(f"cannot tell which `{head}` is meant.", "command line", fix))
+        elif key.startswith("techniques"):
+            fix = did_you_mean(head, modules())
+            faults.append(UserError(f"there is no technique `{head}`.", "command line", fix))
         else:
             _put(values, ["model", "preset"] if key == "model" else key.split("."), value)
     if named is not None:

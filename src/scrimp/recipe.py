@@ -214,6 +214,8 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
         if f.name == "duration" and isinstance(value, int | float):
             value = f"{value} step"
         values[f.name] = validated(kind, value, f.name, faults)
+    if isinstance(values["seed"], int) and values["seed"] < 0:
+        faults.append(UserError(f"must be at least 0, not {values['seed']}.", "seed"))
     if isinstance(values["batch"], int) and values["batch"] < 1:
         faults.append(UserError(f"must be at least 1, not {values['batch']}.", "batch"))
     for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "float64", "bfloat16"))):

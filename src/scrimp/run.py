@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from scrimp.arrange import Arrangement, arrange, scope
 from scrimp.clock import Clock
+from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.groups import (
     Group,
@@ -32,7 +33,7 @@ from scrimp.groups import (
     patterns,
     trainable,
 )
-from scrimp.technique import Technique
+from scrimp.technique import SLOTS, Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def build(
         model = configured(recipe, data).build()
         run.base = frozenset(name for name, _ in model.named_parameters())
         run.model = model
+        check_needs(model, run)
         model = run.fold("model", model)
     freeze(model, run.order.techniques)
     run.model = materialize(run.fold("wrap", model), run.device)
@@ -172,7 +174,7 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
         UserError: if a technique needs the trainer, clashes with another, or hits nothing.
     """
     order = arrange(techniques)
-    for slot in ("loss", "backward", "step", "optimizer", "batch", "items", "schedule", "carry", "evaluate"):
+    for slot in [s for s in SLOTS if s not in ("model", "wrap", "init", "export", "price")]:
         for technique in order.slots[slot]:
             what = f"`{technique.name}` acts in `{slot}`, which your own loop does not have."
             raise UserError(what, "apply", "Use scrimp.train, or its optimizer class by itself.")
@@ -182,11 +184,26 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
     run.base = frozenset(name for name, _ in model.named_parameters())
     before = {id(p) for p in model.parameters()}
     run.model = model
+    check_needs(model, run)
     model = run.fold("model", model)
     freeze(model, techniques)
     initialize(model, seed, skip=before)
     run.model = run.fold("wrap", model)
     return run.fold("init", run.model)
+
+
+def check_needs(model: nn.Module, run: Run) -> None:
+    """Whether the model offers the seams that techniques' cards name.
+
+    Raises:
+        UserError: naming the first that is missing.
+    """
+    offered = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for technique in run.order.techniques:
+        for seam in technique.card.needs:
+            if seam not in offered:
+                what = f"`{technique.name}` needs the seam `{seam}`, which {type(model).__name__} does not have."
+                raise UserError(what, run.where(technique), "Drop it, or use a model that offers the seam.")
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -233,8 +250,13 @@ def load_rest(run: Run, state: State) -> None:
             if key not in keys:
                 raise UserError(f"the checkpoint has memory of `{key}`, which the recipe lacks.", "checkpoint")
             kept = run.memories.setdefault(key, {})
+            off = [n for n in tensors if n not in kept or kept[n].shape != tensors[n].shape] + [
+                n for n in kept if n not in tensors
+            ]
+            if off:
+                raise UserError(f"the memory of `{key}` does not fit: {', '.join(off[:6])}.", "checkpoint")
             for name, value in tensors.items():
-                kept[name] = value.to(kept[name].device if name in kept else run.device, copy=True)
+                kept[name] = value.to(kept[name].device, copy=True)
 
 
 def make_optimizer(run: Run) -> Optimizer:
@@ -265,10 +287,13 @@ def batches(run: Run) -> Callable[[int], Batch]:
     """step -> batch: a function of (seed, step)."""
     from scrimp.data.order import sample_ids
 
+    # Samples are numbered over the run; mixed with the seed, the number keys dropout.
+    salt = generator(run.seed, "dropout").initial_seed() & 0xFFFFFFFF
+
     def batch(step: int) -> Batch:
         first = step * run.recipe.batch
         ids = sample_ids(run.index, run.seed, first, run.recipe.batch)
-        sample = np.arange(first, first + run.recipe.batch) ^ (run.seed << 40)
+        sample = np.arange(first, first + run.recipe.batch) ^ salt
         return to_device(run.task.batch(run.data.train.windows(ids), sample), run.device)
 
     return batch

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import time
@@ -21,6 +22,8 @@ from scrimp.folder import RunFolder
 from scrimp.meter import memory_peak
 from scrimp.models.generate import generate
 from scrimp.products import fast_products
+from scrimp.restore import fingerprint, same_data, starting_weights
+from scrimp.restore import whole as restored
 from scrimp.run import Run, build, configured
 
 if TYPE_CHECKING:
@@ -54,6 +57,13 @@ class Session:
     worse: int = 0
     interrupted: bool = False
     latest: dict[str, float] = field(default_factory=dict[str, float])
+    start: str | None = None
+    """The run whose weights this one began with."""
+
+    def restore(self, meta: dict[str, Any]) -> None:
+        """What a checkpoint remembers."""
+        self.best, self.worse = meta["best"] if meta["best"] is not None else math.inf, meta["worse"]
+        self.latest, self.start = meta["validation"], meta["from"]
 
 
 def train(
@@ -79,32 +89,48 @@ def train(
     Raises:
         UserError: for what a user can mend; a checkpoint is never lost by it.
     """
-    folder, last, meta = None, None, None
+    _check_arguments(recipe, resume, extend, start)
+    session = Session(None, observe, start=str(start) if start is not None else None)
+    decisions: dict[str, Any] = {}
+    states: list[State] = []
     if resume is not None:
-        folder, recipe, last, meta = RunFolder.reopen(resume)
-    if recipe is None:
-        raise UserError("there is nothing to train.", "", "Give a recipe or a run to resume.")
-    data = recipe.data.open() if data is None else data
-    clock = Clock(**meta["clock"]) if meta else new_clock(recipe, data)
-    if extend is not None:
-        clock.end = clock.end + clock.at(Duration.parse(extend, "--extend"))
-    if folder is None and save:
-        folder = RunFolder.create(recipe)
-    if folder is not None:
-        folder.open(clock.step, recipe, data)
-    session = Session(folder, observe)
-    if meta:
-        session.best, session.worse = meta["best"] if meta["best"] is not None else math.inf, meta["worse"]
-        session.latest = meta["validation"]
+        session.folder, recipe, state, meta = RunFolder.reopen(resume)
+        data = recipe.data.open() if data is None else data
+        same_data(data, meta)
+        states.append(restored(recipe, data, state, meta))
+        clock, decisions = Clock(**meta["clock"]), meta["decisions"]
+        session.restore(meta)
+        if extend is not None:
+            clock.end += clock.at(Duration.parse(extend, "--extend"))
+            session.latest = {}
+        del state
+    else:
+        assert recipe is not None
+        data = recipe.data.open() if data is None else data
+        clock = new_clock(recipe, data)
+    source = None if states else starting_weights(recipe, data, session.start)
+    if session.folder is None and save:
+        session.folder = RunFolder.create(recipe)
+    if session.folder is not None:
+        session.folder.open(clock.step, recipe)
     handlers = _catch_interrupts(session)
     try:
         with fast_products():
-            return _stages(recipe, data, clock, session, last, start, (meta or {}).get("decisions", {}))
+            return _stages(recipe, data, clock, session, states, source, decisions)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if folder is not None:
-            folder.close()
+        if session.folder is not None:
+            session.folder.close()
+
+
+def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
+    if (recipe is None) == (resume is None):
+        raise UserError("give either a recipe or a run to resume.", "train")
+    if extend is not None and resume is None:
+        raise UserError("there is no run to extend.", "--extend", "Give it together with --resume.")
+    if start is not None and resume is not None:
+        raise UserError("a resumed run keeps its weights.", "--from", "Begin a new run with it.")
 
 
 def _stages(
@@ -112,29 +138,26 @@ def _stages(
     data: Any,
     clock: Clock,
     session: Session,
-    last: State | None,
-    start: str | Path | None,
+    states: list[State],
+    source: State | None,
     decisions: dict[str, Any],
 ) -> Result:
-    source = starting_weights(recipe, data, start) if last is None or recipe.checkpoint.adapter_only else None
-    if last is not None and source is not None:
-        last = {**last, "model": {**source["model"], **last["model"]}}
-    reason = "finished"
+    """All stages that are left. `states` holds the last one's tensors until the next is built from them."""
     while True:
-        run = build(recipe, data, clock, last, source, decisions)
-        last = source = None
+        run = build(recipe, data, clock, states.pop() if states else None, source, decisions)
+        source = None
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
         reason = _stage(run, stage_end(run), session)
         if clock.done or reason != "finished":
             break
-        decisions = run.decisions | {
-            run.order.key(t): t.decide(run) for t in run.order.slots["decide"]
-        }  # fmt: skip
+        decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
         clock.cuts.append(clock.position)
         clock.stage += 1
-        last = release(run, decisions, session)
+        states.append(release(run, decisions, session))
+        # Closures and the run refer to each other, so that only a collection frees the old model before the new one.
         del run
+        gc.collect()
     return _finish(run, session, reason)
 
 
@@ -183,42 +206,37 @@ def stage_end(run: Run) -> int:
     return min((p for p in points if p > clock.begun), default=clock.end)
 
 
-def starting_weights(recipe: Recipe, data: Any, start: str | Path | None) -> State | None:
-    """Weights of another run or of a Hugging Face folder, as the stage before the first."""
-    if start is not None:
-        _, _, state, _ = RunFolder.reopen(start)
-        return {"model": state["model"]}
-    source = getattr(recipe.model, "source", "")
-    if not source:
-        return None
-    from scrimp.models.hub import read_weights
-
-    return {"model": read_weights(source, configured(recipe, data))}
-
-
 def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
     """A finished stage as named tensors, on disk when there is a run folder, so that no two models are held."""
     run.decisions = decisions
     if session.folder is None:
-        return {kind: {n: t.detach().clone() for n, t in tensors.items()} for kind, tensors in run.state().items()}
-    state, _ = checkpoint.load(snapshot(run, session))
+        return {kind: {n: t.detach().cpu() for n, t in tensors.items()} for kind, tensors in run.state().items()}
+    state, _ = checkpoint.load(snapshot(run, session, whole=True))
     return state
 
 
-def snapshot(run: Run, session: Session, name: str = "") -> Path:
-    """Write a checkpoint into the run folder."""
+def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) -> Path:
+    """Write a checkpoint into the run folder.
+
+    Args:
+        name: of the checkpoint; its step when empty.
+        whole: with frozen weights, even if the recipe asks for adapters only: the next stage is built from it.
+    """
     if session.folder is None:
         return Path()
+    kept = run.recipe.checkpoint
+    partial = kept.adapter_only and not whole
     meta = {
+        "partial": partial,
+        "from": session.start,
+        "data": fingerprint(run.data),
         "clock": run.clock.state(),
         "decisions": run.decisions,
         "best": session.best if math.isfinite(session.best) else None,
         "worse": session.worse,
         "validation": session.latest,
     }
-    path = session.folder.save(
-        run.state(run.recipe.checkpoint.adapter_only), meta, run.clock.step, run.recipe.checkpoint.keep, name
-    )
+    path = session.folder.save(run.state(partial), meta, run.clock.step, kept.keep, name)
     session.observe("checkpoint", {"path": path})
     return path
 

@@ -38,8 +38,12 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
         for name, b in module.named_buffers(recurse=False):
             keep = name not in module._non_persistent_buffers_set
             module.register_buffer(name, torch.empty_like(b, device=device), keep)
-        refill = getattr(module, "refill", None)
-        if refill is not None:
+        own = next(module.named_buffers(recurse=False), None)
+        refill = getattr(module, "refill", None) or getattr(module, "reset_parameters", None)
+        if own is not None and refill is None:
+            fix = "Add refill(), which fills them on their device."
+            raise UserError(f"`{type(module).__name__}` has buffers and no `refill`.", "model", fix)
+        if own is not None and refill is not None:
             refill()
     return model
 

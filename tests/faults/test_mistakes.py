@@ -107,16 +107,6 @@ def test_early_stop_and_best(tmp_path: Path) -> None:
     assert math.isfinite(result.validation["loss"])
 
 
-def test_adapter_only_checkpoints_hold_adapters_only(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    made = recipe(example("lora"), out=str(tmp_path), name="r", checkpoint={"adapter_only": True, "every": "2 step"})
-    train(made, data=TinyData().open())
-    held = load_file(next((tmp_path / "r/checkpoints").glob("step-*")) / "model.safetensors")
-    assert held
-    assert all(".lora." in name for name in held)
-
-
 def test_a_new_run_may_start_from_old_weights(tmp_path: Path) -> None:
     from tiny import run_of
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-import numpy as np
-
-from scrimp.data.documents import documents, find, held_out
+from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
+from scrimp.data.documents import documents, find, fingerprint
 from scrimp.data.stream import Tokens
 from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from scrimp.errors import UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever the same settings would give other tokens, so that old caches are not used."""
-BPE_CHARACTERS: Final = 200_000_000
-"""A BPE is trained on the first training documents up to this many characters."""
+BPE_SAMPLE: Final = 200_000_000
+"""Characters that a BPE is trained on at most: every k-th training document, where k is the corpus' bytes over this."""
+BATCH: Final = 1_000_000
+"""Characters of the documents that are tokenized at once: what is held in memory."""
 SPLITS: Final = ("train", "validation")
 
 
@@ -35,6 +35,8 @@ class Data:
     validation: Tokens
     tokenizer: Tokenizer
     meta: dict[str, Any]
+    """tokens and documents of each split; vocab, dtype, end (id) and end_token (text); undecodable: sequences of bytes
+    that were replaced; empty: documents left out; files: sizes in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,12 @@ class TextData:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
     source: str = "python-stdlib"
-    """A file, a folder, a glob, or python-stdlib: the running interpreter's own library sources."""
+    """A file, a folder, a glob, or python-stdlib: the running interpreter's own library sources. A single text file is
+    cut at blank lines into documents of about 4,096 characters; of several, each is a document."""
     field: str = "text"
     """Field of .jsonl and .parquet records that holds the text."""
     tokenizer: str = "bpe"
-    """bytes; bpe, trained on the corpus; or the path of a tokenizer.json or of a folder that has one."""
+    """bytes; bpe, trained on the training documents; or the path of a tokenizer.json or of a folder that has one."""
     vocab: int = 8192
     """Size of the trained BPE."""
     end: str = ""
@@ -55,7 +58,7 @@ class TextData:
     context: int = 256
     """Tokens of a training window."""
     holdout: float = 0.05
-    """Share of the documents that is held out, by content."""
+    """Share of the documents that is held out, by content, so that copies stay together; at least one."""
     cache: str = ""
     """Folder of built corpora; default $SCRIMP_CACHE or ~/.cache/scrimp."""
 
@@ -64,6 +67,8 @@ class TextData:
             raise UserError(f"holdout must be between 0 and 1, not {self.holdout}.")
         if self.context < 1:
             raise UserError(f"context must be at least 1, not {self.context}.")
+        if self.tokenizer == "bpe" and self.vocab < 257:
+            raise UserError(f"vocab must be at least 257 for a byte-level BPE, not {self.vocab}.")
 
     def open(self) -> Data:
         """The corpus, built if it is not in the cache.
@@ -72,94 +77,65 @@ class TextData:
             UserError: if there is no text, a record is faulty, or a split is too short for one window.
         """
         files = find(self.source)
-        root = Path(self.cache or os.environ.get("SCRIMP_CACHE", "~/.cache/scrimp")).expanduser() / "text"
-        root.mkdir(parents=True, exist_ok=True)
-        folder = root / self._key(files, root)
-        if not _complete(folder):
-            _build(self, files, folder)
-        meta = json.loads((folder / "meta.json").read_text())
+        root = cache_folder(self.cache, "text")
+        folder = root / _key(self, files, root)
+        meta = read_meta(folder) or publish(folder, lambda partial: _build(self, files, partial, root))
         tokens = [Tokens(folder / f"{s}.bin", meta["dtype"], meta["tokens"][s], self.context) for s in SPLITS]
         for name, split in zip(SPLITS, tokens, strict=True):
             if len(split) < 1:
-                what = f"the {name} split has {split.count} tokens, too few for a window of {self.context}."
+                what = f"the {name} split has {split.count} tokens, too few for a window of {self.context} + 1."
                 raise UserError(what, "data.context", "Use a shorter context, more text, or another holdout.")
-        return Data(tokens[0], tokens[1], Tokenizer.read(folder, meta["end_token"]), meta)
-
-    def _key(self, files: list[Path], root: Path) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        settings = {"field": self.field, "tokenizer": self.tokenizer, "end": self.end, "holdout": self.holdout}
-        if self.tokenizer == "bpe":
-            settings["vocab"] = self.vocab
-        elif self.tokenizer != "bytes":
-            given = Path(self.tokenizer)
-            file = given / "tokenizer.json" if given.is_dir() else given
-            settings["tokenizer"] = content_hash([file], root)[0] if file.is_file() else self.tokenizer
-        digest.update(json.dumps([FORMAT, settings, content_hash(files, root)], sort_keys=True).encode())
-        return digest.hexdigest()
+        raw = self.tokenizer == "bytes"
+        tokenizer = bytes_tokenizer() if raw else Tokenizer.read(folder, meta["end_token"])
+        return Data(tokens[0], tokens[1], tokenizer, meta)
 
 
-def content_hash(files: list[Path], root: Path) -> list[str]:
-    """A hash of each file's content, remembered by path, size and time of change so that a second start is fast."""
-    memory = root / "hashes.json"
-    try:
-        known: dict[str, str] = json.loads(memory.read_text())
-    except (OSError, json.JSONDecodeError):
-        known = {}
-    found: list[str] = []
-    added = False
-    for path in files:
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in known:
-            with path.open("rb") as file:
-                known[key] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            added = True
-        found.append(known[key])
-    if added:
-        with tempfile.NamedTemporaryFile("w", dir=root, delete=False) as file:
-            json.dump(known, file)
-        os.replace(file.name, memory)
-    return found
+def _key(settings: TextData, files: list[Path], root: Path) -> str:
+    """The name of the built corpus: a hash of all that its tokens are a function of."""
+    named: dict[str, Any] = {"tokenizer": settings.tokenizer, "holdout": settings.holdout, "field": settings.field}
+    if settings.tokenizer == "bpe":
+        named["vocab"] = settings.vocab
+    elif settings.tokenizer != "bytes":
+        given = Path(settings.tokenizer).expanduser()
+        file = given / "tokenizer.json" if given.is_dir() else given
+        named |= {"tokenizer": content_hash([file], root) if file.is_file() else [str(file)], "end": settings.end}
+    contents = list(zip([path.suffix.lower() for path in files], content_hash(files, root), strict=True))
+    text = json.dumps([FORMAT, named, contents], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _complete(folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        width = np.dtype(meta["dtype"]).itemsize
-        return all((folder / f"{s}.bin").stat().st_size == meta["tokens"][s] * width for s in SPLITS)
-    except (OSError, json.JSONDecodeError, KeyError):
-        return False
+def _build(settings: TextData, files: list[Path], partial: Path, root: Path) -> dict[str, Any]:
+    """Fill a folder with the tokens and the tokenizer; returns what to say about them."""
+    before = content_hash(files, root)
+    edge = round(settings.holdout * 2**64)
+    tokenizer = _tokenizer(settings, files, edge)
+    meta, (lowest, highest) = _write(settings, files, tokenizer, edge, partial)
+    if 0 in meta["documents"].values():
+        # Few documents, and chance put all on one side: move the nearest one over, and begin again.
+        if lowest == highest:
+            fix = "Give at least two, or a single text of more than 16,000 characters, which is cut."
+            raise UserError("there is only one document, and one more must be held out.", "data.source", fix)
+        edge = lowest + 1 if meta["documents"]["validation"] == 0 else highest
+        tokenizer = _tokenizer(settings, files, edge)
+        meta, _ = _write(settings, files, tokenizer, edge, partial)
+    if content_hash(files, root) != before:
+        raise UserError("the files changed while they were read.", "data.source", "Start again when they are ready.")
+    tokenizer.save(partial)
+    return meta
 
 
-def _build(settings: TextData, files: list[Path], folder: Path) -> None:
-    """Build in a temporary folder and rename: a half-built corpus is never seen, and two builders do no harm."""
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
-    try:
-        tokenizer = _tokenizer(settings, files)
-        meta = _write(settings, files, tokenizer, partial)
-        tokenizer.save(partial)
-        (partial / "meta.json").write_text(json.dumps(asdict(settings) | meta, indent=1))
-        if folder.exists() and not _complete(folder):
-            shutil.rmtree(folder)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not _complete(folder):
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _tokenizer(settings: TextData, files: list[Path]) -> Tokenizer:
+def _tokenizer(settings: TextData, files: list[Path], edge: int) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return bytes_tokenizer()
     if settings.tokenizer != "bpe":
-        return Tokenizer.read(Path(settings.tokenizer), settings.end)
-    texts = (t for t in documents(files, settings.field, {}) if not held_out(t, settings.holdout))
-    return train_bpe(_first(texts, BPE_CHARACTERS), settings.vocab)
+        return Tokenizer.read(Path(settings.tokenizer).expanduser(), settings.end)
+    every = -(-sum(path.stat().st_size for path in files) // BPE_SAMPLE)
+    texts = _watched(documents(files, settings.field, Counter()), files, "reading for the tokenizer")
+    training = (text for text in texts if fingerprint(text) >= edge)
+    return train_bpe(_up_to(islice(training, 0, None, max(every, 1)), BPE_SAMPLE), settings.vocab)
 
 
-def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
     for text in texts:
         if characters <= 0:
             return
@@ -167,29 +143,38 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def _write(settings: TextData, files: list[Path], tokenizer: Tokenizer, partial: Path) -> dict[str, Any]:
+def _write(
+    settings: TextData, files: list[Path], tokenizer: Tokenizer, edge: int, partial: Path
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """One pass over the documents. A document whose fingerprint is below `edge` is held out.
+
+    Returns:
+        What to say about the files, and the lowest and the highest fingerprint.
+    """
     dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
-    tokens, counts, bad = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), dict[str, int]()
-    outputs = {split: (partial / f"{split}.bin").open("wb") for split in SPLITS}
-    try:
-        for batch in _batches(_watched(documents(files, settings.field, bad), files)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-                split = SPLITS[held_out(text, settings.holdout)]
-                np.asarray([*ids, tokenizer.end], dtype=dtype).tofile(outputs[split])
-                tokens[split] += len(ids) + 1
+    tokens, counts, tally = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), Counter[str]()
+    lowest, highest = 2**64, -1
+    texts = _watched(documents(files, settings.field, tally), files, "tokenizing")
+    with (partial / "train.bin").open("wb") as train, (partial / "validation.bin").open("wb") as validation:
+        outputs = {"train": train, "validation": validation}
+        for batch in _batches(texts, BATCH):
+            for text, ids in zip(batch, tokenizer.encode_documents(batch, dtype), strict=True):
+                mark = fingerprint(text)
+                split = "validation" if mark < edge else "train"
+                outputs[split].write(ids.data)
+                tokens[split] += len(ids)
                 counts[split] += 1
-    finally:
-        for file in outputs.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-    end = tokenizer.inner.id_to_token(tokenizer.end)
-    return {"dtype": dtype, "tokens": tokens, "documents": counts, "end_token": end,
-            "vocab": tokenizer.vocab, "undecodable": bad.get("undecodable", 0)}  # fmt: skip
+                lowest, highest = min(lowest, mark), max(highest, mark)
+    if highest < 0:
+        raise UserError(f"`{settings.source}` has only empty documents.", "data.source", "Give some with text.")
+    meta = {"tokens": tokens, "documents": counts, "vocab": tokenizer.vocab, "dtype": dtype, "end": tokenizer.end,
+            "end_token": tokenizer.inner.id_to_token(tokenizer.end),
+            "undecodable": tally["undecodable"], "empty": tally["empty"]}  # fmt: skip
+    return meta, (lowest, highest)
 
 
-def _batches(texts: Iterable[str], characters: int = 4_000_000) -> Iterator[list[str]]:
-    """Lists of documents of about `characters` together: what is held in memory at once."""
+def _batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Lists of documents of about `characters` together."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -202,7 +187,7 @@ def _batches(texts: Iterable[str], characters: int = 4_000_000) -> Iterator[list
         yield batch
 
 
-def _watched(texts: Iterator[str], files: list[Path]) -> Iterator[str]:
+def _watched(texts: Iterator[str], files: list[Path], title: str) -> Iterator[str]:
     """The same documents, with a progress bar on a terminal."""
     if not sys.stderr.isatty():
         yield from texts
@@ -211,7 +196,7 @@ def _watched(texts: Iterator[str], files: list[Path]) -> Iterator[str]:
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("tokenizing", total=sum(path.stat().st_size for path in files))
+        task = bar.add_task(title, total=sum(path.stat().st_size for path in files))
         for text in texts:
             yield text
-            bar.advance(task, len(text.encode("utf-8", "replace")))
+            bar.advance(task, len(text.encode()))

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from scrimp.errors import UserError
 
@@ -18,24 +21,33 @@ ENDS: Final = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to ids and back. Every document ends with `end`."""
+    """Text to ids and back. Every document ends with `end`; so does a text where it spells that token out."""
 
     inner: tokenizers.Tokenizer
     end: int
     """Id of the end-of-text token."""
+    raw: bool = False
+    """Whether ids are the bytes of the text as UTF-8, so that a corpus needs no tokenizing."""
 
-    @property
+    @cached_property
     def vocab(self) -> int:
-        """Number of ids."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        """One more than the greatest id, so that ids index an embedding of as many rows even if some are not used."""
+        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without special tokens."""
+        """Ids of a text, without special tokens around it."""
         return self.inner.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of several texts, on all cores."""
-        return [found.ids for found in self.inner.encode_batch(texts, add_special_tokens=False)]
+        return [found.ids for found in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_documents(self, texts: list[str], dtype: str) -> list[np.ndarray]:
+        """Ids of several documents, each with `end` after it: arrays of `dtype`, shape [ids + 1]."""
+        if not self.raw or any(END in text for text in texts):
+            return [np.array([*ids, self.end], dtype=dtype) for ids in self.encode_batch(texts)]
+        whole = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        return [np.append(ids.astype(dtype), np.array(self.end, dtype=dtype)) for ids in whole]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; special tokens are shown."""
@@ -48,6 +60,9 @@ class Tokenizer:
     @classmethod
     def read(cls, path: Path, end: str = "") -> Tokenizer:
         """From a tokenizer.json, or a folder that has one.
+
+        Args:
+            end: the end-of-text token, as text; empty means the first of the usual names that it has.
 
         Raises:
             UserError: if there is none, or its end-of-text token is not known.
@@ -72,7 +87,7 @@ class Tokenizer:
 
 
 def bytes_tokenizer() -> Tokenizer:
-    """Ids 0 to 255 are bytes, 256 ends a text."""
+    """Ids 0 to 255 are bytes, 256 ends a text. A byte-level BPE without merges, so that other libraries load it."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -81,11 +96,11 @@ def bytes_tokenizer() -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
     inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     inner.add_special_tokens([END])
-    return Tokenizer(inner, 256)
+    return Tokenizer(inner, 256, raw=True)
 
 
 def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
-    """A byte-level BPE with `vocab` ids, the last of which ends a text.
+    """A byte-level BPE with `vocab` ids, fewer if the texts are short; the last one ends a text.
 
     Raises:
         UserError: if `vocab` is less than 257.
@@ -102,7 +117,7 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(vocab_size=vocab - 1, initial_alphabet=alphabet, show_progress=False)
     inner.train_from_iterator(texts, trainer)
     inner.add_special_tokens([END])
-    return Tokenizer(inner, inner.token_to_id(END))
+    return Tokenizer(inner, inner.get_vocab_size() - 1)
 
 
 def _byte_letters() -> list[str]:

@@ -3,7 +3,8 @@
     length = context (start + (1 - start) n / levels) while n of the `levels` equal parts of the warm-up have passed
 
 Paper: Li et al., "The Stability-Efficiency Dilemma: Investigating Sequence Length Warmup for Training GPT Models",
-arXiv 2108.06084. Sequences are truncated, so that what is cut off is not seen in that step.
+arXiv 2108.06084. Sequences are truncated, so that what is cut off is not seen in that step. `until` in another unit
+than the run's is converted at the full length's tokens per step.
 
 Saves: time and activation memory of early steps, and it steadies large learning rates. Costs: early steps hold fewer
 tokens, hence measure the run in tokens when comparing. Not for: short contexts, where attention is a small part.
@@ -62,7 +63,9 @@ class LengthWarmup(Technique):
 
     def batch(self, batch: Callable[[int], Batch], run: Run) -> Callable[[int], Batch]:
         """Truncate what has the context's length."""
-        context = run.data.train.context
+        context = getattr(run.data.train, "context", 0)
+        if not context:
+            raise UserError("the data has no sequences to shorten.", run.where(self), "Drop it.")
         share = self.start + (1 - self.start) * run.clock.passed(self.stages()) / self.levels
         length = min(context, -(-round(share * context) // self.multiple) * self.multiple)
         if length == context or self.start == 1:

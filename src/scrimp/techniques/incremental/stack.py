@@ -3,8 +3,12 @@
     block i of the deeper model  <-  block (i mod l) of the model with l blocks          (order: stack)
                                      block floor(i l / L)                                (order: interleave)
 
-Embedding, head and final norm are carried over. Paper: Gong et al., "Efficient Training of BERT by Progressively
-Stacking", ICML 2019, PMLR 97.
+Embedding, head and final norm are carried over; moments of the optimizer and memories of other techniques are copied
+like the weights they belong to. Paper: Gong et al., "Efficient Training of BERT by Progressively Stacking", ICML 2019,
+PMLR 97.
+
+The recipe's model is the deepest one, and the run ends with it. Weights that a run starts from are grown when they have
+fewer blocks than its first stage, and refused when they have more.
 
 Saves: time, since early steps run a shallow model. Costs: a jump of the loss at each growth, which later steps
 recover (`zero_new` avoids it: copies then start as the identity). Not for: initializations that depend on depth
@@ -15,7 +19,7 @@ the gain vanishes there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -58,7 +62,7 @@ class Stack(Technique):
     states: Literal["copy", "reset"] = "copy"
     """What copies get of the optimizer's states."""
     zero_new: bool = False
-    """Start copies as the identity, so that growth keeps the function."""
+    """Start copies as the identity, so that growth keeps the function; the model's norms must come first in a branch."""
 
     def __post_init__(self) -> None:
         for point in self.at:
@@ -72,32 +76,40 @@ class Stack(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Keep the first blocks."""
-        prefix, total = _list(model, run.where(self))
+        found = blocks(model, run.where(self))
+        path, total = _parent(found, run.where(self)), len(found)
         depths = self.depths or tuple(total >> n for n in range(len(self.at), -1, -1))
         if depths[-1] != total or depths[0] < 1 or list(depths) != sorted(depths):
             what = f"depths {list(depths)} do not grow from at least 1 to the model's {total} blocks."
             raise UserError(what, run.where(self, "depths"), "Set `depths`, or fewer points in `at`.")
-        depth = depths[run.clock.passed(self.at)]
-        parent, _, child = prefix.rpartition(".")
-        kept = list(model.get_submodule(prefix).children())[:depth]
-        setattr(model.get_submodule(parent), child, nn.ModuleList(kept))
+        if self.zero_new:
+            _check_branches(next(iter(found.values())), run.where(self, "zero_new"))
+        # Cut in place: the list may be an nn.Sequential that is called, or the model itself.
+        layers = model.get_submodule(path)
+        assert isinstance(layers, nn.ModuleList | nn.Sequential)
+        del layers[depths[run.clock.passed(self.at)] :]
         return model
 
     def carry(self, state: State, run: Run) -> State:
-        """Copies for the blocks that the last stage did not have; nothing on a resume within a stage."""
-        prefix, depth = _list(run.model, run.where(self))
-        held = {int(m[1]) for name in state.get("model", {}) if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
-        old = len(held)
-        if not held or old >= depth:
+        """Copies for the blocks that the state does not have; a resume within a stage has them all.
+
+        Copies share memory in what is returned: whatever loads it copies.
+        """
+        differing = _differing(run.model, state.get("model", {}))
+        if differing is None:
             return state
+        path, old, depth = differing
+        if old > depth:
+            what = f"the weights to start from have {old} blocks in `{path}`, this stage has {depth}."
+            raise UserError(what, run.where(self), "Set `at: []`, or `depths` that begin with as many.")
         origin = [i % old if self.order == "stack" else i * old // depth for i in range(depth)]
         copies = {i for i, o in enumerate(origin) if o in origin[:i]}
-        return {kind: self._grown(kind, tensors, prefix, origin, copies) for kind, tensors in state.items()}
+        return {kind: self._grown(kind, tensors, path, origin, copies) for kind, tensors in state.items()}
 
     def _grown(
-        self, kind: str, tensors: Mapping[str, Tensor], prefix: str, origin: list[int], copies: set[int]
+        self, kind: str, tensors: Mapping[str, Tensor], path: str, origin: list[int], copies: set[int]
     ) -> dict[str, Tensor]:
-        pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.(.*)")
+        pattern = _pattern(path)
         grown = {name: t for name, t in tensors.items() if not pattern.match(name)}
         for name, tensor in tensors.items():
             match = pattern.match(name)
@@ -106,12 +118,46 @@ class Stack(Technique):
                     continue
                 new, rest = i in copies, match[2]  # type: ignore[index]
                 fresh = kind.startswith("optimizer.") and self.states == "reset"
-                zero = new and (fresh or (kind == "model" and self.zero_new and rest in OUTPUTS))
-                grown[f"{prefix}.{i}.{rest}"] = torch.zeros_like(tensor) if zero else tensor
+                zero = new and (fresh or (not kind.startswith("optimizer.") and self.zero_new and rest in OUTPUTS))
+                grown[f"{path}.{i}.{rest}".lstrip(".")] = torch.zeros_like(tensor) if zero else tensor
         return grown
 
 
-def _list(model: nn.Module, where: str) -> tuple[str, int]:
-    """Path of the list of blocks, and how many there are."""
-    found = list(blocks(model, where))
-    return found[0].rpartition(".")[0], len(found)
+def _parent(found: Mapping[str, nn.Module], where: str) -> str:
+    """Path of the list that the blocks are in; empty when the model is the list."""
+    names = list(found)
+    path = names[0].rpartition(".")[0]
+    if names != [f"{path}.{i}".lstrip(".") for i in range(len(names))]:
+        raise UserError(f"the blocks {names[:3]} are not numbered from 0.", where, "Put them into an nn.ModuleList.")
+    return path
+
+
+def _check_branches(block: nn.Module, where: str) -> None:
+    """Whether zeros in the last layers of a block's branches make it the identity."""
+    own = {name for name, _ in block.named_parameters()}
+    lacking = [name for name in OUTPUTS if name.endswith(".weight") and name not in own]
+    if lacking:
+        raise UserError(f"blocks have no `{lacking[0]}` to zero.", where, "Leave it off, or use the house Transformer.")
+    if not getattr(block, "pre", True):
+        what = "a block with norms after its branches is never the identity."
+        raise UserError(what, where, "Leave it off, or set `model.norm_at: pre`.")
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    """Names of what is in a list: (number of the block, rest of the name)."""
+    return re.compile(rf"{re.escape(path + '.') if path else ''}(\d+)\.(.*)")
+
+
+def _differing(model: nn.Module, given: Iterable[str]) -> tuple[str, int, int] | None:
+    """The outermost list of which the given names hold another number of children: (path, that number, the model's).
+
+    Not simply the model's longest list: once the blocks are cut to a few, a list within a block may be longer.
+    """
+    names, own = list(given), [name for name, _ in model.named_parameters()]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            pattern = _pattern(path)
+            held, wanted = ({m[1] for name in many if (m := pattern.fullmatch(name))} for many in (names, own))
+            if held and len(held) != len(wanted):
+                return path, len(held), len(wanted)
+    return None

@@ -1,10 +1,11 @@
 """T-Fixup: an initialization with which a Transformer trains without layer norms and without warm-up.
 
-    all matrices: Xavier uniform;  embeddings: normal with standard deviation d^(-1/2)
+    all matrices: Xavier uniform;  embeddings, positions: normal with standard deviation d^(-1/2)
     value, output and MLP matrices:  times (9 N)^(-1/4) in a decoder, 0.67 N^(-1/4) in an encoder, of N blocks
-    input embedding:                 times (9 N)^(-1/4); the forward multiplies what it looks up by sqrt(d)
+    input embedding:                 times (9 N)^(-1/4)
 
-Queries and keys keep their scale. Paper: Huang et al., "Improving Transformer Optimization Through Better
+Queries, keys and positions keep their scale. The paper's model multiplies what it looks up by sqrt(d) and ours does
+not, hence this technique adds the factor. Paper: Huang et al., "Improving Transformer Optimization Through Better
 Initialization", ICML 2020, PMLR 119.
 
 Saves: layer norms (their time and activations) and warm-up. Costs: an architecture without norms, which no other
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     from scrimp.run import Run
 
 
+NORMS = ("attention_norm", "mlp_norm")
+"""What is removed from a block."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TFixup(Technique):
     """Train without layer norms and without warm-up."""
@@ -41,7 +46,7 @@ class TFixup(Technique):
         saves="layer norms and warm-up",
         costs="an architecture that no other library loads",
         sets=("initialization", "normalization"),
-        needs=("attention_norm", "mlp_norm"),
+        needs=("attention_norm", "mlp_norm", "embed_scale"),
         phase={"model": "architecture", "init": "fill"},
         example={"constants": "decoder"},
     )
@@ -51,7 +56,7 @@ class TFixup(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """No norms; looked-up embeddings times sqrt(d)."""
         for name, block in blocks(model, run.where(self)).items():
-            for seam in self.card.needs:
+            for seam in NORMS:
                 if not isinstance(getattr(block, seam, None), nn.Module):
                     raise UserError(
                         f"`{name}` has no `{seam}` to remove.", run.where(self), "Use the house Transformer."
@@ -77,11 +82,10 @@ class TFixup(Technique):
                 if isinstance(layer, Linear):
                     self._fill(f"{path}.{name}", layer, branch, run.seed, int(kv))
         for name, p in model.named_parameters():
-            if name == "embed.weight":
-                value = torch.empty(p.shape).normal_(
-                    0, p.shape[1] ** -0.5, generator=generator(run.seed, f"t_fixup/{name}")
-                )
-                p.copy_(value * shrink)
+            if name in ("embed.weight", "positions.weight"):
+                chance = generator(run.seed, f"t_fixup/{name}")
+                value = torch.empty(p.shape).normal_(0, p.shape[1] ** -0.5, generator=chance)
+                p.copy_(value * (shrink if name == "embed.weight" else 1))
             elif name == "head.weight":
                 p.copy_(_xavier(p.shape, run.seed, name))
         return model

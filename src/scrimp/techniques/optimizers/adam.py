@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
 from scrimp.technique import Card, Technique
 
@@ -54,6 +55,12 @@ class Adam(Technique):
     """L2, added to the gradient; vectors have none."""
     params: str = "*"
     """Pattern of the parameters this rule owns."""
+
+    def __post_init__(self) -> None:
+        if not (self.lr >= 0 and self.eps >= 0 and self.weight_decay >= 0):
+            raise UserError("lr, eps and weight_decay must be at least 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"both betas must be in [0, 1), not {self.betas}.")
 
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
         """torch's fused Adam over the groups."""

@@ -1,13 +1,15 @@
+# pyright: reportPrivateImportUsage=false
 """An exponential moving average of the weights, used wherever the model is measured.
 
     a <- d a + (1 - d) w        after every update, with d = min(decay, (1 + t) / (10 + t))
 
-Paper: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM J. Control Optim. 30(4),
-1992; the short memory of the first steps is that of common implementations.
+t counts updates, this one included. Paper: Polyak and Juditsky, "Acceleration of Stochastic Approximation by
+Averaging", SIAM J. Control Optim. 30(4), 1992; the short memory of the first steps is that of common implementations.
 
 Saves: noise of the last steps, and part of the decay of the learning rate. Costs: a copy of the trained weights and
 a pass over them each step. Not for: runs so short that the average still holds the start.
-Training itself is untouched; validation, generation and export use the average.
+Training itself is untouched; validation, generation and export use the average. Weights of 16 bits are averaged in
+float32, since a step of 1 - d is below their resolution. Buffers and frozen weights are not averaged.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from scrimp.groups import trainable
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from scrimp.run import Run
     from scrimp.technique import Evaluate, Step
@@ -48,6 +50,8 @@ class EMA(Technique):
     )
     decay: float = 0.999
     """d; the average looks back about 1 / (1 - d) steps."""
+    warmup: bool = True
+    """Look back less in the first steps, so that the start is soon forgotten."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -56,7 +60,8 @@ class EMA(Technique):
     def step(self, step: Step, run: Run) -> Step:
         """Average after an update."""
         memory, weights = run.memory(self), trainable(run.model)
-        memory.update({name: p.detach().clone() for name, p in weights.items()})
+        for name, p in weights.items():
+            memory[name] = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
         memory[COUNT] = torch.zeros((), dtype=torch.float64)
 
         def averaged() -> bool:
@@ -64,32 +69,37 @@ class EMA(Technique):
                 return False
             memory[COUNT] += 1
             t = run.read(memory[COUNT], worst=1e9)
-            decay = min(self.decay, (1 + t) / (10 + t))
-            with torch.no_grad():
-                torch._foreach_lerp_([memory[n] for n in weights], [p.detach() for p in weights.values()], 1 - decay)
+            _average(memory, weights, min(self.decay, (1 + t) / (10 + t)) if self.warmup else self.decay)
             return True
 
         return averaged
 
     def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
-        """Swap the average in, and exactly the same bits back."""
+        """Put the average in the weights' place, and afterwards exactly the same bits back."""
 
         def averaged(job: Callable[[nn.Module], Any]) -> Any:
             memory, weights = run.memory(self), trainable(run.model)
-            _swap(weights, memory)
+            kept = {name: p.data for name, p in weights.items()}
             try:
+                for name, p in weights.items():
+                    p.data = memory[name].to(p.dtype)
                 return evaluate(job)
             finally:
-                _swap(weights, memory)
+                for name, p in weights.items():
+                    p.data = kept[name]
 
         return averaged
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """The average instead of the last weights."""
-        memory = run.memory(self)
-        return {name: memory.get(name, tensor) for name, tensor in named.items()}
+        memory, weights = run.memory(self), trainable(run.model)
+        return {name: memory[name].to(tensor.dtype) if name in weights else tensor for name, tensor in named.items()}
 
 
-def _swap(weights: dict[str, nn.Parameter], memory: dict[str, Tensor]) -> None:
-    for name, p in weights.items():
-        p.data, memory[name] = memory[name], p.data
+@torch.no_grad()
+def _average(memory: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter], decay: float) -> None:
+    alike = [name for name, p in weights.items() if memory[name].dtype == p.dtype]
+    if alike:
+        torch._foreach_lerp_([memory[n] for n in alike], [weights[n].detach() for n in alike], 1 - decay)
+    for name in weights.keys() - set(alike):
+        memory[name].lerp_(weights[name].detach().to(memory[name].dtype), 1 - decay)

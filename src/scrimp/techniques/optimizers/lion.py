@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Lion: the sign of an interpolated momentum.
 
     c <- b1 m + (1 - b1) g
@@ -14,22 +15,24 @@ higher than AdamW's, to be found again. Not for: small batches, where the sign i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
     from scrimp.run import Run
 
-CHUNK = 1 << 22
-"""Weights that are updated together: bounds the transient copy of the momentum to 16 MiB in float32."""
+CHUNK: Final = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Weights updated together: few enough for a core's cache, enough to fill a GPU. Bounds the transient copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,12 @@ class Lion(Technique):
     params: str = "*"
     """Pattern of the parameters this rule owns."""
 
+    def __post_init__(self) -> None:
+        if not (self.lr >= 0 and self.weight_decay >= 0):
+            raise UserError("lr and weight_decay must be at least 0.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"both betas must be in [0, 1), not {self.betas}.")
+
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
         """The rule below over the groups."""
         return lambda groups: LionRule(param_groups(groups, self.lr, self.weight_decay), self.lr, self.betas)
@@ -64,55 +73,86 @@ class Lion(Technique):
 class LionRule(Optimizer):
     """Lion as a plain optimizer, for any loop.
 
+    Its state is one tensor a parameter, `exp_avg`, of the parameter's shape and type, made at the first step in which
+    the parameter has a gradient.
+
     Args:
         params: parameters or groups; a group may have its own lr, betas and weight_decay.
         lr: learning rate.
         betas: interpolation of the update, and of the state.
         weight_decay: decoupled decay, multiplied by the learning rate.
+    Raises:
+        ValueError: if lr or weight_decay is negative, or a beta is outside [0, 1).
     """
 
     def __init__(
         self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
     ) -> None:
-        if lr < 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"lr must be at least 0 and betas in [0, 1): lr {lr}, betas {betas}")
+        if not (lr >= 0 and weight_decay >= 0):
+            raise ValueError(f"lr and weight_decay must be at least 0: {lr}, {weight_decay}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"both betas must be in [0, 1): {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update. Parameters without a gradient are left alone."""
+        """One update. Parameters without a gradient are left alone.
+
+        Args:
+            closure: computes the loss and the gradients anew; its loss is returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
-            for chunk in _chunks(moving):
-                self._update(chunk, group["lr"], group["betas"], group["weight_decay"])
+            for p in moving:
+                if "exp_avg" not in self.state[p]:
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+            triples = [(p.detach(), p.grad, self.state[p]["exp_avg"]) for p in moving]
+            for weights, grads, momenta in _chunks(triples):
+                _update(weights, grads, momenta, group["lr"], group["betas"], group["weight_decay"])
         return loss
 
-    def _update(self, params: list[Tensor], lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-        grads = [p.grad for p in params]
-        momenta = [self.state[p]["exp_avg"] for p in params]
-        updates = torch._foreach_lerp(momenta, grads, 1 - betas[0])
-        torch._foreach_sign_(updates)
-        if weight_decay:
-            torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, updates, alpha=-lr)
-        torch._foreach_lerp_(momenta, grads, 1 - betas[1])
+
+def _update(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> None:
+    """The equations above, in place."""
+    updates = torch._foreach_lerp(momenta, grads, 1 - betas[0])
+    torch._foreach_sign_(updates)
+    if weight_decay:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_add_(weights, updates, alpha=-lr)
+    torch._foreach_lerp_(momenta, grads, 1 - betas[1])
 
 
-def _chunks(params: list[Tensor]) -> list[list[Tensor]]:
-    """Lists of at most `CHUNK` weights, or one parameter."""
-    chunks: list[list[Tensor]] = []
-    size = CHUNK
-    for p in params:
-        if size + p.numel() > CHUNK:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(p)
-        size += p.numel()
-    return chunks
+def _chunks(triples: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
+    """(weight, gradient, momentum) of each parameter -> the same as three lists of about `CHUNK` weights at a time."""
+    chunk: list[tuple[Tensor, ...]] = []
+    size = 0
+    for triple in triples:
+        limit = CHUNK.get(triple[0].device.type, CHUNK["cuda"])
+        for piece in _pieces(triple, limit):
+            if chunk and size + piece[0].numel() > limit:
+                yield [list(tensors) for tensors in zip(*chunk, strict=True)]
+                chunk, size = [], 0
+            chunk.append(piece)
+            size += piece[0].numel()
+    if chunk:
+        yield [list(tensors) for tensors in zip(*chunk, strict=True)]
+
+
+def _pieces(triple: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of a large parameter, as views. A sharded one stays whole: its rows lie on other machines."""
+    weight = triple[0]
+    if weight.numel() <= limit or is_traceable_wrapper_subclass(weight):
+        return iter([triple])
+    rows = max(1, limit * weight.shape[0] // weight.numel())
+    return zip(*(tensor.split(rows) for tensor in triple), strict=True)

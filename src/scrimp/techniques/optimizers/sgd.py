@@ -14,10 +14,11 @@ than entering it: on a change of rate nothing in v has to be corrected.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
 from scrimp.technique import Card, Technique
 
@@ -54,12 +55,41 @@ class SGD(Technique):
     params: str = "*"
     """Pattern of the parameters this rule owns."""
 
+    def __post_init__(self) -> None:
+        if not (self.lr >= 0 and self.weight_decay >= 0):
+            raise UserError("lr and weight_decay must be at least 0.")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be in [0, 1), not {self.momentum}.")
+        if self.nesterov and not self.momentum:
+            raise UserError("nesterov looks ahead along the momentum, which is 0.", "", "Set momentum, such as 0.9.")
+
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
-        """torch's fused SGD over the groups."""
-        return lambda groups: torch.optim.SGD(
-            param_groups(groups, self.lr, self.weight_decay),
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            fused=True,
-        )
+        """torch's SGD over the groups, fused where that is right."""
+
+        def rule(groups: list[Group]) -> Optimizer:
+            params = [p for group in groups for p in group.params.values()]
+            made = torch.optim.SGD(
+                param_groups(groups, self.lr, self.weight_decay),
+                lr=self.lr,
+                momentum=self.momentum,
+                nesterov=self.nesterov,
+                # On a CPU it leaves most weights of 16 bits as they are (pytorch/pytorch#191763).
+                fused=all(p.device.type != "cpu" or p.dtype.itemsize > 2 for p in params),
+            )
+            if self.momentum:
+                made.register_step_pre_hook(_begin)
+            return made
+
+        return rule
+
+
+def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """v = 0 for weights that get their first gradient, which makes v = g in this step.
+
+    The fused update itself takes only all weights or none of a group to be in their first step, and a parameter may
+    well get its first gradient later than others.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and "momentum_buffer" not in optimizer.state[p]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -1,12 +1,16 @@
-"""Linear warm-up, then the inverse square root of time.
+"""Linear warm-up, then the inverse square root of time; or the square root alone, without a warm-up.
 
-    factor(p) = p / w           while p < w
-    factor(p) = sqrt(w / p)     afterwards
+    factor(p) = min(t / w, sqrt(w / t))        with a warm-up of w
+    factor(p) = sqrt(d / (d + p))              without one, with a decay of time scale d
 
-p is progress at the end of the step. Paper: Vaswani et al., "Attention Is All You Need", arXiv 1706.03762.
+p is progress before the step and t = p + s, with s the progress of one step: steps count from 1 in the first formula
+and from 0 in the second, as in their papers, and the first step already moves. Papers: Vaswani et al., "Attention Is
+All You Need", NeurIPS 2017, arXiv 1706.03762; without warm-up: Huang et al., "Improving Transformer Optimization
+Through Better Initialization", ICML 2020, PMLR 119 (there d is 4000 steps).
 
 Saves: knowing the length of the run. Costs: the rate never falls to zero, and a decayed end is usually better.
-Not for: runs of a fixed budget (warmup_cosine).
+Not for: runs of a fixed budget (warmup_cosine). Give `warmup` or `decay` in steps or tokens for a factor that does not
+depend on the run's length.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scrimp.clock import Duration
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique
 
@@ -38,16 +43,23 @@ class InverseSqrt(Technique):
         example={"warmup": 0.25},
     )
     warmup: str | float = 0.1
-    """Duration of the warm-up; more than 0."""
+    """Duration of the warm-up; 0 for none, with a decay."""
+    decay: str | float = 0
+    """Time scale of the decay without a warm-up, after which the factor is sqrt(1/2)."""
+
+    def __post_init__(self) -> None:
+        warmup, decay = Duration.parse(self.warmup).value, Duration.parse(self.decay).value
+        if warmup and decay:
+            raise UserError("decay is for a run without a warm-up.", "", "Set warmup to 0, or drop decay.")
+        if not warmup and not decay:
+            raise UserError("without a warm-up, decay must be more than 0.", "", "Set decay, such as `4000 step`.")
 
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, step = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
-        if w <= 0:
-            raise UserError("the warm-up must be longer than 0.", run.where(self, "warmup"))
+        w, d, s = (run.clock.fraction(duration) for duration in (self.warmup, self.decay, "1 step"))
 
-        def shape(progress: float) -> float:
-            p = progress + step
-            return p / w if p < w else math.sqrt(w / p)
+        def shape(p: float) -> float:
+            t = p + s
+            return min(t / w, math.sqrt(w / t)) if w else math.sqrt(d / (d + p))
 
         return shape

@@ -1,11 +1,11 @@
 """Linear warm-up, then half a cosine down to a floor.
 
-    factor(p) = p / w                                            while p < w
-    factor(p) = floor + (1 - floor) (1 + cos(pi (p - w) / (1 - w))) / 2   afterwards
+    factor(p) = min(1, (p + s) / w)                                               while p < w
+    factor(p) = floor + (1 - floor) (1 + cos(pi (p - w) / (1 - w))) / 2           afterwards
 
-p is progress at the end of the step, so that the first step is not lost and the last one reaches the floor.
-Paper: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", arXiv 1608.03983 (without the
-restarts); warm-up: Goyal et al., arXiv 1706.02677.
+p is progress before the step and s the progress of one step: the first step already moves, and the floor is reached
+where the run ends. Paper: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017,
+arXiv 1608.03983 (without the restarts); warm-up: Goyal et al., arXiv 1706.02677.
 
 Saves: diverging starts. Costs: the length of the run must be known beforehand. Not for: runs of open length (wsd).
 """
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scrimp.clock import Duration
+from scrimp.errors import UserError
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -42,14 +44,19 @@ class WarmupCosine(Technique):
     floor: float = 0.1
     """Factor at the end of the run."""
 
+    def __post_init__(self) -> None:
+        Duration.parse(self.warmup)
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"floor must be between 0 and 1, not {self.floor}.")
+
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, step = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
+        w, s = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
 
-        def shape(progress: float) -> float:
-            p = min(progress + step, 1.0)
+        def shape(p: float) -> float:
             if p < w:
-                return p / w
-            return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * (p - w) / max(1 - w, 1e-12))) / 2
+                return min(1.0, (p + s) / w)
+            done = min(1.0, (p - w) / (1 - w)) if w < 1 else 1.0
+            return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
 
         return shape

@@ -1,10 +1,11 @@
 """Linear warm-up, then a straight line down to a floor.
 
-    factor(p) = p / w                                    while p < w
-    factor(p) = floor + (1 - floor) (1 - p) / (1 - w)    afterwards
+    factor(p) = min(1, (p + s) / w)                         while p < w
+    factor(p) = floor + (1 - floor) (1 - p) / (1 - w)       afterwards
 
-p is progress at the end of the step. Paper: Devlin et al., "BERT", arXiv 1810.04805; warm-up: Goyal et al., arXiv
-1706.02677.
+p is progress before the step and s the progress of one step: the first step already moves, and the floor is reached
+where the run ends, so that with a floor of 0 the last step still moves. Paper: Devlin et al., "BERT", NAACL 2019,
+arXiv 1810.04805; warm-up: Goyal et al., arXiv 1706.02677.
 
 Saves: diverging starts. Costs: the length of the run must be known beforehand. Not for: runs of open length (wsd).
 """
@@ -15,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scrimp.clock import Duration
+from scrimp.errors import UserError
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -40,12 +43,19 @@ class WarmupLinear(Technique):
     floor: float = 0.0
     """Factor at the end of the run."""
 
+    def __post_init__(self) -> None:
+        Duration.parse(self.warmup)
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"floor must be between 0 and 1, not {self.floor}.")
+
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, step = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
+        w, s = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
 
-        def shape(progress: float) -> float:
-            p = min(progress + step, 1.0)
-            return p / w if p < w else self.floor + (1 - self.floor) * (1 - p) / max(1 - w, 1e-12)
+        def shape(p: float) -> float:
+            if p < w:
+                return min(1.0, (p + s) / w)
+            left = max(0.0, (1 - p) / (1 - w)) if w < 1 else 0.0
+            return self.floor + (1 - self.floor) * left
 
         return shape

@@ -1,10 +1,12 @@
 """Warm-up, stable, decay: a constant rate that falls only at the end.
 
-    factor(p) = p / w                                 while p < w
-    factor(p) = 1                                     while p < 1 - d
-    factor(p) = floor + (1 - floor) f((1 - p) / d)    afterwards, f(x) = x or 1 - sqrt(1 - x)
+    factor(p) = min(1, (p + s) / w)                           while p < w
+    factor(p) = 1                                             while p < 1 - d
+    factor(p) = floor + (1 - floor) f((1 - p) / d)            afterwards, with f(x) = x or 1 - sqrt(1 - x)
 
-p is progress at the end of the step. Paper: Hu et al., "MiniCPM", arXiv 2404.06395.
+p is progress before the step and s the progress of one step: the first step already moves, and the floor is reached
+where the run ends. Papers: Hu et al., "MiniCPM", arXiv 2404.06395; the square root: Hägele et al., "Scaling Laws and
+Compute-Optimal Training Beyond Fixed Training Durations", arXiv 2405.18392.
 
 Saves: a run can be extended from any point before its decay, and one long run serves many budgets. Costs: the decay
 is still needed for a good final loss. Not for: short runs of a fixed budget, where a cosine does as well.
@@ -17,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from scrimp.clock import Duration
+from scrimp.errors import UserError
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -46,15 +50,23 @@ class WSD(Technique):
     floor: float = 0.0
     """Factor at the end of the run."""
 
+    def __post_init__(self) -> None:
+        Duration.parse(self.warmup)
+        Duration.parse(self.decay)
+        if not 0 <= self.floor <= 1:
+            raise UserError(f"floor must be between 0 and 1, not {self.floor}.")
+
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, d, step = (run.clock.fraction(x) for x in (self.warmup, self.decay, "1 step"))
+        w, d, s = (run.clock.fraction(duration) for duration in (self.warmup, self.decay, "1 step"))
+        if w + d > 1 + 1e-9:
+            what = f"the warm-up ({self.warmup}) and the decay ({self.decay}) together are longer than the run."
+            raise UserError(what, run.where(self), "Shorten one of them, or give them as fractions of the run.")
 
-        def shape(progress: float) -> float:
-            p = min(progress + step, 1.0)
+        def shape(p: float) -> float:
             if p < w:
-                return p / w
-            left = min((1 - p) / d, 1.0) if d else 1.0
+                return min(1.0, (p + s) / w)
+            left = min(1.0, max(0.0, 1 - p) / d) if d else 1.0
             fall = left if self.shape == "linear" else 1 - math.sqrt(1 - left)
             return self.floor + (1 - self.floor) * fall
 

@@ -63,7 +63,14 @@ class LoRA(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """An adapter on the output of each matching layer."""
-        for layer in linears(model, self.targets, run.where(self, "targets")).values():
+        shared = {id(p) for p in model.parameters()} - {id(p) for p in _alone(model)}
+        for name, layer in linears(model, self.targets, run.where(self, "targets")).items():
+            _keep_called(model.get_submodule(name.rpartition(".")[0]), layer, name, run.where(self, "targets"))
+            if id(layer.weight) in shared:
+                fix = "Leave it out of `targets`, or untie it (`model.tied: false`)."
+                raise UserError(
+                    f"the weight of `{name}` is shared with another layer.", run.where(self, "targets"), fix
+                )
             layer.on("output", "adapter", "lora", LowRank(layer, self.rank, self.scale))
         return model
 
@@ -75,6 +82,29 @@ class LoRA(Technique):
             wide = torch.promote_types(weight.dtype, torch.float32)
             plain[f"{name}.weight"] = (weight.to(wide) + self.scale * b.to(wide) @ a.to(wide)).to(weight.dtype)
         return plain
+
+
+def _alone(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that have one name."""
+    named = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    counts: dict[int, int] = {}
+    for p in named:
+        counts[id(p)] = counts.get(id(p), 0) + 1
+    return [p for p in named if counts[id(p)] == 1]
+
+
+def _keep_called(parent: nn.Module, layer: Linear, name: str, where: str) -> None:
+    """Some modules of torch compute with a layer's weight instead of calling the layer, which skips the adapter."""
+    if isinstance(parent, nn.MultiheadAttention):
+        what = f"`{name}` is never called: nn.MultiheadAttention uses its weight directly."
+        raise UserError(what, where, "Leave it out of `targets`.")
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        # Its fast path in evaluation does so too, unless some hook is attached.
+        layer.register_forward_pre_hook(_no_change)
+
+
+def _no_change(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    return None
 
 
 class LowRank(nn.Module):
@@ -100,4 +130,5 @@ class LowRank(nn.Module):
             value.zero_()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + F.linear(F.linear(x, self.a), self.b) * self.scale
+        # The thin product is scaled, not the wide one: fewer elements to pass over.
+        return y + F.linear(F.linear(x, self.a) * self.scale, self.b)
