@@ -142,7 +142,9 @@ def test_a_second_start_uses_the_cache_and_a_changed_text_does_not(
         patch.setattr(text_module, "_build", lambda *_: pytest.fail("built again"))
         assert open_data(settings(corpus, context=8)).train.path == first.train.path
     was = (corpus / "00.txt").read_text()
-    (corpus / "00.txt").write_text(was[::-1])  # as long as before, and perhaps in the same tick of the clock
+    tick = (corpus / "00.txt").stat().st_mtime_ns
+    (corpus / "00.txt").write_text(was[::-1])  # as long as before, and in the same tick of the clock
+    os.utime(corpus / "00.txt", ns=(tick, tick))
     assert open_data(settings(corpus)).train.path != first.train.path
     (corpus / "00.txt").write_text(was)
     assert open_data(settings(corpus)).train.path == first.train.path

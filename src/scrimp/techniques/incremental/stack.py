@@ -11,7 +11,7 @@ The recipe's model is the deepest one, and the run ends with it. Weights that a 
 fewer blocks than its first stage, and refused when they have more.
 
 Saves: time, since early steps run a shallow model. Costs: a jump of the loss at each growth, which later steps
-recover (`zero_new` avoids it: copies then start as the identity). Not for: initializations that depend on depth
+recover (`zero_new` avoids it, where norms come before branches: copies then start as the identity). Not for: initializations that depend on depth
 (t_fixup). Compare against a baseline with a fully decayed schedule: "No Train No Gain" (arXiv 2307.06440) finds that
 the gain vanishes there.
 """
@@ -62,7 +62,7 @@ class Stack(Technique):
     states: Literal["copy", "reset"] = "copy"
     """What copies get of the optimizer's states."""
     zero_new: bool = False
-    """Start copies as the identity, so that growth keeps the function; the model's norms must come first in a branch."""
+    """Start copies as the identity, so that growth keeps the function."""
 
     def __post_init__(self) -> None:
         for point in self.at:
@@ -101,7 +101,7 @@ class Stack(Technique):
         path, old, depth = differing
         if old > depth:
             what = f"the weights to start from have {old} blocks in `{path}`, this stage has {depth}."
-            raise UserError(what, run.where(self), "Set `at: []`, or `depths` that begin with as many.")
+            raise UserError(what, run.where(self), "Choose `depths` or `model.layers` that begin with as many.")
         origin = [i % old if self.order == "stack" else i * old // depth for i in range(depth)]
         copies = {i for i, o in enumerate(origin) if o in origin[:i]}
         return {kind: self._grown(kind, tensors, path, origin, copies) for kind, tensors in state.items()}
