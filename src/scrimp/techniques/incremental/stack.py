@@ -11,9 +11,9 @@ The recipe's model is the deepest one, and the run ends with it. Weights that a 
 fewer blocks than its first stage, and refused when they have more.
 
 Saves: time, since early steps run a shallow model. Costs: a jump of the loss at each growth, which later steps
-recover (`zero_new` avoids it, where norms come before branches: copies then start as the identity). Not for: initializations that depend on depth
-(t_fixup). Compare against a baseline with a fully decayed schedule: "No Train No Gain" (arXiv 2307.06440) finds that
-the gain vanishes there.
+recover (`zero_new` avoids it in models with norms before the branches: copies then start as the identity). Not for:
+initializations that depend on depth (t_fixup). Compare against a baseline with a fully decayed schedule: "No Train No
+Gain" (arXiv 2307.06440) finds that the gain vanishes there.
 """
 
 from __future__ import annotations
