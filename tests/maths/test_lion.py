@@ -80,12 +80,12 @@ def test_a_closure_gives_loss_and_gradients_and_the_idle_are_left_alone() -> Non
 def odd_parameters() -> list[nn.Parameter]:
     """Parameters of many sizes, some without weights, some not contiguous, each with a gradient."""
     torch.manual_seed(0)
-    shapes = [(0,), (), (3,), (7, 5), (1, 40), (40, 1), (2, 3, 4), (11,), (0, 4)]
+    shapes = [(7, 5), (0,), (), (3,), (1, 40), (40, 1), (2, 3, 4), (11,), (0, 4)]
     params = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
     params.append(nn.Parameter(torch.randn(6, 8, dtype=torch.float64).t()))
     for p in params:
         p.grad = torch.randn_like(p)
-    params[3].grad = torch.randn(5, 7, dtype=torch.float64).t()
+    params[0].grad = torch.randn(5, 7, dtype=torch.float64).t()
     return params
 
 

@@ -1,18 +1,31 @@
-"""LoRA: starts as the base, trains only its own, merges exactly, two ranks side by side, any module."""
+"""LoRA: its equation and gradients, what it trains and keeps, an exact merge, and any module."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import scrimp
 from scrimp.errors import UserError
-from scrimp.registry import technique_class
 from scrimp.run import exported
+from scrimp.techniques.tuning.lora import LoRA
 from tiny import example, recipe, run_of, step
 
-LoRA = technique_class("lora")
+ALL = "attention.*|mlp.*"
+UNTIED = {"layers": 2, "width": 32, "heads": 2, "tied": False}
+
+
+def random_b(model: nn.Module) -> None:
+    """B as if trained: at first it is zero, and hides everything."""
+    chance = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora.b"):
+                p.copy_(torch.randn(p.shape, generator=chance))
 
 
 def test_it_begins_as_the_base_bit_by_bit() -> None:
@@ -23,47 +36,121 @@ def test_it_begins_as_the_base_bit_by_bit() -> None:
     assert torch.equal(base.model(tokens), tuned.model(tokens))
 
 
+def test_first_values() -> None:
+    run: Any = run_of(recipe(LoRA(rank=8, targets=ALL)))
+    for name, layer in (("up", run.model.blocks[0].mlp.up), ("down", run.model.blocks[0].mlp.down)):
+        a, bound = layer.lora.a.detach(), layer.weight.shape[1] ** -0.5
+        assert 0.95 * bound < float(a.abs().max()) <= bound, name
+        assert abs(float(a.mean())) < 0.1 * bound
+        assert not layer.lora.b.any()
+    first, second = (run.model.blocks[i].mlp.up.lora.a for i in (0, 1))
+    assert not torch.equal(first, second)
+    fewer: Any = run_of(recipe(LoRA(rank=8, targets="mlp.up")))
+    assert torch.equal(fewer.model.blocks[1].mlp.up.lora.a, second)
+
+
+@pytest.mark.parametrize(("stabilized", "scale"), [(False, 12 / 4), (True, 12 / 2)])
+def test_outputs_and_gradients_by_the_equation(stabilized: bool, scale: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(6, 5)).double()
+    weight, bias = layer[0].weight.detach(), layer[0].bias.detach()
+    tuned: Any = scrimp.apply(layer, [LoRA(rank=4, alpha=12.0, rank_stabilized=stabilized, targets="*")])
+    random_b(tuned)
+    a, b = tuned[0].lora.a, tuned[0].lora.b
+    assert (a.shape, b.shape) == ((4, 6), (5, 4))
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(7, 5, dtype=torch.float64)
+    y = tuned(x)
+    y.backward(upstream)
+    with torch.no_grad():
+        whole = weight + scale * b @ a
+        torch.testing.assert_close(y, x @ whole.T + bias, rtol=0, atol=1e-13)
+        torch.testing.assert_close(b.grad, scale * upstream.T @ (x @ a.T), rtol=0, atol=1e-13)
+        torch.testing.assert_close(a.grad, scale * (upstream @ b).T @ x, rtol=0, atol=1e-13)
+        torch.testing.assert_close(x.grad, upstream @ whole, rtol=0, atol=1e-13)
+    assert tuned[0].weight.grad is None
+
+
 def test_only_adapters_move_and_the_merge_is_exact() -> None:
-    run = run_of(recipe(example("lora", targets="attention.*|mlp.*"), dtype="float64"))
+    run: Any = run_of(recipe(example("lora", targets=ALL), dtype="float64"))
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     for _ in range(5):
         step(run)
     moved = {n for n, p in run.model.named_parameters() if not torch.equal(before[n], p)}
-    assert moved
-    assert all(".lora." in n for n in moved)
+    assert moved == {n for n in before if ".lora." in n}
+    assert moved == set(run.state()["optimizer.momentum_buffer"])
     plain = exported(run)
     assert set(plain) == set(run.base)
     merged = run_of(recipe(dtype="float64"), source={"model": plain})
     tokens = run.batch(0)["tokens"]
     run.model.eval()
     merged.model.eval()
-    assert torch.allclose(run.model(tokens), merged.model(tokens), atol=1e-12)
+    assert torch.allclose(run.model(tokens), merged.model(tokens), rtol=0, atol=1e-12)
+    before_merge = before["blocks.0.mlp.up.weight"]
+    assert not torch.allclose(plain["blocks.0.mlp.up.weight"], before_merge, rtol=0, atol=1e-6)
+
+
+def test_bfloat16_weights_are_rounded_once() -> None:
+    run: Any = run_of(recipe(LoRA(rank=8, targets="mlp.up"), dtype="bfloat16"))
+    random_b(run.model)
+    layer = run.model.blocks[0].mlp.up
+    once = layer.weight.float() + 2 * layer.lora.b.float() @ layer.lora.a.float()
+    found = exported(run)["blocks.0.mlp.up.weight"]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, once.to(torch.bfloat16))
 
 
 def test_two_ranks_on_disjoint_patterns() -> None:
-    run = run_of(recipe(LoRA(rank=2, targets="attention.qkv"), LoRA(rank=4, targets="mlp.up")))
+    run: Any = run_of(recipe(LoRA(rank=2, targets="attention.qkv"), LoRA(rank=4, targets="mlp.up")))
     block = run.model.blocks[0]
     assert block.attention.qkv.lora.a.shape[0] == 2
     assert block.mlp.up.lora.a.shape[0] == 4
+    assert set(exported(run)) == set(run.base)
 
 
-def test_two_ranks_on_one_layer_are_refused() -> None:
+def test_what_cannot_be_tuned_is_refused() -> None:
     with pytest.raises(UserError, match="already has a `lora`"):
         run_of(recipe(LoRA(rank=2, targets="attention.qkv"), LoRA(rank=4, targets="attention.*")))
+    with pytest.raises(UserError, match="rank must be at least 1"):
+        LoRA(rank=0)
+    with pytest.raises(UserError, match="the weight of `head` is shared"):
+        run_of(recipe(LoRA(targets="head")))
+    assert "head.weight" in exported(run_of(recipe(LoRA(targets="head"), model=UNTIED)))
 
 
-def test_a_frozen_layer_keeps_nothing_but_the_adapters_input() -> None:
-    layer = scrimp.apply(nn.Sequential(nn.Linear(8, 8)), [LoRA(rank=1, targets="0")])
-    kept: list[torch.Size] = []
+def kept(block: nn.Module, x: Tensor) -> float:
+    """What a block keeps for its backward pass beside parameters, in units of its input's size."""
+    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved: dict[int, Tensor] = {}
 
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        kept.append(t.shape)
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            saved.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 
-    x = torch.randn(5, 8, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    assert kept.count(torch.Size([5, 8])) <= 1
+        block(x)
+    return sum(t.untyped_storage().nbytes() for t in saved.values()) / x.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "more"),
+    [
+        ("attention.qkv", 8, 1 + 8 / 32),  # its input, and A x
+        ("mlp.down", 4, 4 + 4 / 32),  # the MLP is four times as wide
+        (ALL, 8, 6 + 4 * 8 / 32),  # the attention's output is kept by the attention as well
+    ],
+)
+def test_frozen_layers_keep_nothing_and_tuned_ones_their_input(targets: str, rank: int, more: float) -> None:
+    model = {"layers": 1, "width": 32, "heads": 2}
+    x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+    plain: Any = run_of(recipe(dtype="float64", model=model))
+    frozen = plain.model.blocks[0]
+    full = kept(frozen, x)
+    base = kept(frozen.requires_grad_(False), x)
+    tuned: Any = run_of(recipe(LoRA(rank=rank, targets=targets), dtype="float64", model=model))
+    assert full - base == 6
+    assert kept(tuned.model.blocks[0], x) - base == more
 
 
 def test_apply_works_on_any_module() -> None:
@@ -72,13 +159,45 @@ def test_apply_works_on_any_module() -> None:
     x = torch.randn(3, 4)
     before = mlp(x)
     names = {n for n, _ in mlp.named_parameters()}
-    tuned = scrimp.apply(mlp, [LoRA(rank=2, targets="*")])
+    tuned: Any = scrimp.apply(mlp, [LoRA(rank=2, targets="*")])
     assert torch.equal(tuned(x), before)
-    assert names < {n for n, _ in tuned.named_parameters()}
+    trained = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {"0.lora.a", "0.lora.b", "2.lora.a", "2.lora.b"}
+    assert {n for n, _ in tuned.named_parameters()} == names | trained
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
     tuned(x).pow(2).sum().backward()
     optimizer.step()
-    assert not torch.equal(tuned(x), before)
+    after = tuned(x)
+    assert not torch.equal(after, before)
+    given: Any = SimpleNamespace(model=tuned)
+    plain = LoRA(rank=2, targets="*").export({n: p.detach() for n, p in tuned.named_parameters()}, given)
+    fresh = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    fresh.load_state_dict(plain)
+    torch.testing.assert_close(fresh(x), after)
+
+
+def encoder() -> nn.Module:
+    """torch's own encoder, which reads weights past its layers: always in attention, and in evaluation everywhere."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def test_adapters_inside_torchs_encoder_work_in_evaluation_too() -> None:
+    tuned: Any = scrimp.apply(encoder(), [LoRA(rank=2, targets="linear1|linear2")])
+    x = torch.randn(2, 5, 16)
+    plain = tuned(x)
+    random_b(tuned)
+    trained = tuned(x)
+    tuned.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(x), trained)
+    assert not torch.allclose(plain, trained, atol=0.1)
+
+
+def test_adapters_that_would_never_be_called_are_refused() -> None:
+    with pytest.raises(UserError, match=r"`layers\.0\.self_attn\.out_proj` is never called"):
+        scrimp.apply(encoder(), [LoRA(rank=2, targets="*")])
 
 
 def test_apply_refuses_what_needs_the_trainer() -> None:

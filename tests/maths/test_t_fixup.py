@@ -3,50 +3,150 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from tiny import example, recipe, run_of, step
+from scrimp.errors import UserError
+from scrimp.run import Run
+from scrimp.techniques.initialization.t_fixup import TFixup
+from scrimp.techniques.tuning.lora import LoRA
+from scrimp.training import train
+from tiny import MODEL, example, recipe, run_of, step
+
+WIDE = {"layers": 4, "width": 128, "heads": 4}
+
+
+def bound(weight: Tensor) -> float:
+    """Largest entry over the largest of a Xavier uniform matrix of that shape; with many entries it is the scale."""
+    return float(weight.detach().abs().max()) / math.sqrt(6 / sum(weight.shape))
 
 
 @pytest.mark.parametrize(("constants", "scale"), [("decoder", (9 * 4) ** -0.25), ("encoder", 0.67 * 4**-0.25)])
 def test_scales(constants: str, scale: float) -> None:
-    width = 128
-    run = run_of(recipe(example("t_fixup", constants=constants), model={"layers": 4, "width": width, "heads": 2}))
-    block = run.model.blocks[1]
-
-    def ratio(weight: torch.Tensor) -> float:
-        """Standard deviation over that of a Xavier uniform matrix."""
-        return float(weight.detach().std()) / math.sqrt(2 / sum(weight.shape))
-
-    q, k, v = block.attention.qkv.weight.split(width)
-    for weight, expected in ((q, 1.0), (k, 1.0), (v, scale), (block.attention.proj.weight, scale),
-                             (block.mlp.up.weight, scale), (block.mlp.down.weight, scale)):  # fmt: skip
-        assert ratio(weight) == pytest.approx(expected, rel=0.02)
-    embedding = float(run.model.embed.weight.detach().std()) * math.sqrt(width)
-    assert embedding == pytest.approx((9 * 4) ** -0.25, rel=0.05)
+    run: Any = run_of(recipe(example("t_fixup", constants=constants), model=WIDE))
+    for block in run.model.blocks:
+        q, k, v = block.attention.qkv.weight.split(128)
+        expected = [(q, 1.0), (k, 1.0)]
+        expected += [(w, scale) for w in (v, block.attention.proj.weight, block.mlp.up.weight, block.mlp.down.weight)]
+        for weight, factor in expected:
+            assert 0.995 * factor < bound(weight) <= factor * (1 + 1e-6)
+            assert float(weight.detach().std()) == pytest.approx(factor * math.sqrt(2 / sum(weight.shape)), rel=0.02)
+        assert not any(p.any() for n, p in block.named_parameters() if n.endswith("bias"))
+    assert not torch.equal(run.model.blocks[0].mlp.up.weight, run.model.blocks[1].mlp.up.weight)
 
 
-def test_no_norm_is_left() -> None:
-    run = run_of(recipe(example("t_fixup")))
+def test_shared_heads_and_gates() -> None:
+    """Keys and values of fewer heads have their own fans; the gate is one of the MLP's weights."""
+    llama = {"kv_heads": 2, "activation": "swiglu", "norm": "rmsnorm", "positions": "rotary", "bias": False}
+    run: Any = run_of(recipe(TFixup(), model=WIDE | llama))
+    scale = (9 * 4) ** -0.25
+    block = run.model.blocks[2]
+    q, k, v = block.attention.qkv.weight.split((128, 64, 64))
+    for weight, factor in (
+        (q, 1.0),
+        (k, 1.0),
+        (v, scale),
+        (block.mlp.gate.weight, scale),
+        (block.mlp.up.weight, scale),
+    ):
+        assert 0.995 * factor < bound(weight) <= factor * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("constants", ["decoder", "encoder"])
+def test_embeddings(constants: str) -> None:
+    """The input embedding is scaled once, tied or not, and alike for both; positions are not scaled."""
+    scale = (9 * 4) ** -0.25
+    for tied in (True, False):
+        settings = WIDE | {"tied": tied, "vocab": 512, "context": 256}
+        run: Any = run_of(recipe(example("t_fixup", constants=constants), model=settings))
+        std = {name: float(run.model.get_parameter(f"{name}.weight").detach().std()) for name in ("embed", "positions")}
+        assert std["embed"] == pytest.approx(scale * 128**-0.5, rel=0.02)
+        assert std["positions"] == pytest.approx(128**-0.5, rel=0.02)
+        assert (run.model.head.weight is run.model.embed.weight) is tied
+        if not tied:
+            assert 0.995 < bound(run.model.head.weight) <= 1 + 1e-6
+
+
+def test_what_is_looked_up_is_multiplied_by_the_root_of_the_width() -> None:
+    run: Any = run_of(recipe(TFixup(), model=MODEL | {"positions": "none", "dropout": 0.0}, dtype="float64"))
+    seen: list[Tensor] = []
+    run.model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tokens = run.batch(0)["tokens"]
+    run.model(tokens)
+    torch.testing.assert_close(seen[0], math.sqrt(32) * run.model.embed.weight[tokens], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("norm_at", ["pre", "post"])
+def test_no_norm_is_left(norm_at: str) -> None:
+    run: Any = run_of(recipe(TFixup(), model=MODEL | {"norm_at": norm_at, "dropout": 0.0}, dtype="float64"))
     assert not [n for n, _ in run.model.named_parameters() if "norm" in n]
+    # Without norms a block is x + attention(x), then x + mlp(x), wherever its norms were.
+    block = run.model.blocks[0]
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    middle = x + block.attention(x, None, None, None)
+    torch.testing.assert_close(block(x), middle + block.mlp(middle), rtol=0, atol=1e-13)
 
 
-def test_one_adam_step_moves_the_output_less_than_without_norms_alone() -> None:
-    """Deep, no warm-up: removing norms alone explodes, T-Fixup does not."""
-    from scrimp.registry import technique_class
+def test_draws_depend_on_seed_and_name_only() -> None:
+    def weights(*techniques: Any, **settings: Any) -> dict[str, Tensor]:
+        return dict(run_of(recipe(TFixup(), *techniques, **settings)).model.named_parameters())
 
-    deep = {"layers": 16, "width": 32, "heads": 2}
-    adam = technique_class("adam")(lr=1e-3)
-    run = run_of(recipe(adam, example("t_fixup"), model=deep))
-    batch = run.batch(0)
-    before = run.model(batch["tokens"]).detach()
+    plain, tuned, other = weights(), weights(LoRA(rank=2)), weights(seed=1)
+    assert all(torch.equal(plain[n], tuned[n]) for n in plain)
+    assert not torch.equal(plain["embed.weight"], other["embed.weight"])
+    # More blocks change the scale, not the draw.
+    deeper = weights(model=MODEL | {"layers": 8})
+    name = "blocks.1.mlp.up.weight"
+    torch.testing.assert_close(deeper[name] * 2**0.25, plain[name])
+
+
+def test_weights_to_start_from_are_kept() -> None:
+    first = train(recipe(TFixup()), save=False).run.model
+    source = {"model": {n: p.detach().clone() for n, p in first.named_parameters()}}
+    again = run_of(recipe(TFixup()), source=source).model
+    assert all(torch.equal(p, again.get_parameter(n)) for n, p in first.named_parameters())
+
+
+def change_of_one_step(run: Run) -> float:
+    """Root mean square of what one update changes in the logits."""
+    tokens = run.batch(0)["tokens"]
+    before = run.model(tokens).detach()
     step(run)
-    change = float((run.model(batch["tokens"]).detach() - before).pow(2).mean().sqrt())
-    assert change < 0.5
+    return float((run.model(tokens).detach() - before).pow(2).mean().sqrt())
+
+
+def test_deep_models_train_without_warmup() -> None:
+    """The first step moves the output less than with norms, and far less than without both norms and scales."""
+    deep = {"layers": 16, "width": 32, "heads": 2}
+    rule = example("adam", lr=1e-3)
+    run: Any = run_of(recipe(rule, TFixup(), model=deep))
+    unscaled = run_of(recipe(rule, TFixup(), model=deep))
+    with torch.no_grad():
+        for name, p in unscaled.model.named_parameters():
+            rows = slice(64, None) if "qkv" in name else slice(None)
+            if p.ndim == 2 and name != "positions.weight":
+                p[rows] *= (9 * 16) ** 0.25
+    change = change_of_one_step(run)
+    assert change < change_of_one_step(run_of(recipe(rule, model=deep))) / 2
+    assert change < change_of_one_step(unscaled) / 100
+    batch = run.batch(0)
     losses = []
     for _ in range(10):
         step(run)
         losses.append(float(run.task.loss(run.model, batch).detach()) / 64)
-    assert all(math.isfinite(x) and x < 5 for x in losses)
+    assert all(math.isfinite(x) and x < 4 for x in losses)
+
+
+def test_models_without_the_seams_are_refused_by_name() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+    given: Any = SimpleNamespace(where=lambda technique: "techniques.t_fixup")
+    with pytest.raises(UserError, match=r"techniques\.t_fixup: `layers\.0` has no `attention_norm` to remove"):
+        TFixup().model(Plain(), given)
