@@ -2,7 +2,8 @@
 """Atomic snapshots without pickle: safetensors for tensors, JSON for the rest, a checksum for each file.
 
 A snapshot is written under a temporary name, flushed to disk, and renamed. A name without the temporary prefix is
-therefore always complete; what a killed process left behind is removed after the next save.
+therefore always complete. One that is replaced steps aside under another name, and stands in for the new one until that
+is there. What a killed process left behind is removed by the next save.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from scrimp.technique import State
 
 PARTIAL = ".partial-"
+ASIDE = f"{PARTIAL}old-"
+"""Before the name of a snapshot that is being replaced."""
 
 
 def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
@@ -39,7 +43,7 @@ def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
     """
     partial = folder.parent / f"{PARTIAL}{folder.name}"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear(folder.parent)
         partial.mkdir(parents=True)
         files: dict[str, dict[str, Tensor]] = {}
         for kind, tensors in state.items():
@@ -54,18 +58,18 @@ def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
             _flush(path)
         text = json.dumps({"meta": meta, "files": digests}, indent=1)
         state_file = partial / "state.json"
-        state_file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n" + text)
+        head = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
+        state_file.write_text(f"{head}\n{text}", encoding="utf-8")
         _flush(state_file)
         _flush(partial)
-        old = folder.parent / f"{PARTIAL}old-{folder.name}"
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            folder.rename(old)
+            folder.rename(_aside(folder))
         partial.rename(folder)
         _flush(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(_aside(folder), ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            clear(folder.parent)
         reason = getattr(error, "strerror", None) or str(error)
         fix = "Earlier checkpoints are intact. Free some space, or set `out` to another disk, then use --resume."
         raise UserError(f"cannot write the checkpoint: {reason}.", str(folder), fix) from error
@@ -78,6 +82,8 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
     Raises:
         UserError: if a file is missing, truncated or altered, by name, with the snapshot before it.
     """
+    if not folder.exists() and _aside(folder).exists():
+        folder = _aside(folder)
     meta, files = _read_state(folder)
     state: State = {}
     for name, expected in files.items():
@@ -96,14 +102,14 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        head, _, text = (folder / "state.json").read_text().partition("\n")
+        head, _, text = (folder / "state.json").read_text(encoding="utf-8").partition("\n")
         if json.loads(head)["sha256"] != hashlib.sha256(text.encode()).hexdigest():
             raise _damaged(folder, "state.json", "is altered (its checksum differs)")
         content = json.loads(text)
         return content["meta"], content["files"]
     except FileNotFoundError:
         raise _damaged(folder, "state.json", "is missing") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise _damaged(folder, "state.json", "is truncated or altered") from None
 
 
@@ -116,18 +122,38 @@ def _damaged(folder: Path, name: str, how: str) -> UserError:
 
 
 def snapshots(folder: Path) -> list[Path]:
-    """Complete snapshots in a folder, oldest first."""
-    for old in folder.glob(f"{PARTIAL}old-*"):
-        # Killed between two renames: the snapshot that was to be replaced is the one there is.
-        if not (place := folder / old.name.removeprefix(f"{PARTIAL}old-")).exists():
-            old.rename(place)
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Complete snapshots in a folder, oldest first; `load` reads each, also one that stepped aside."""
+    names = {path.name.removeprefix(ASIDE) for path in folder.glob("*step-*") if path.is_dir()}
+    return sorted(folder / name for name in names if name.startswith("step-"))
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` snapshots, and what killed processes left behind."""
-    for path in [*snapshots(folder)[: -max(keep, 1)], *folder.glob(f"{PARTIAL}*")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete all but the newest `keep` snapshots."""
+    for path in snapshots(folder)[: -max(keep, 1)]:
+        remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a snapshot, under another name first, so that no half-deleted folder has a complete one's."""
+    partial = folder.parent / f"{PARTIAL}{folder.name}"
+    for path in (_aside(folder), folder):
+        with suppress(OSError):
+            path.rename(partial)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def clear(folder: Path) -> None:
+    """Remove what killed or failed saves left; a snapshot that stepped aside for one that never came goes back."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        place = folder / path.name.removeprefix(ASIDE)
+        if path.name.startswith(ASIDE) and not place.exists():
+            path.rename(place)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f"{ASIDE}{folder.name}"
 
 
 def digest(path: Path) -> str:

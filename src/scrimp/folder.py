@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -46,10 +47,12 @@ class RunFolder:
                 path.mkdir(parents=True)
             except FileExistsError:
                 continue
-            except OSError as error:
-                raise UserError(f"cannot make the run's folder: {error.strerror}.", str(path), "Set `out`.") from None
-            (path / "recipe.yaml").write_text(recipe.yaml(), encoding="utf-8")
-            return cls(path)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise UserError(f"cannot make the run's folder: {reason}.", str(path), "Set `out`.") from None
+            folder = cls(path)
+            folder.write_text("recipe.yaml", recipe.yaml())
+            return folder
         raise UserError("there are too many runs of that name.", str(root), "Set `name`.")
 
     @classmethod
@@ -77,15 +80,16 @@ class RunFolder:
         """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off."""
         for snapshot in checkpoint.snapshots(self.path / "checkpoints"):
             if snapshot.name > f"step-{step:09d}":
-                shutil.rmtree(snapshot)
+                checkpoint.remove(snapshot)
         self.step = step
         path = self.path / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, path)
-        self.metrics = path.open("a", encoding="utf-8")
         self.write_text("environment.json", json.dumps(environment(), indent=1))
+        partial = path.with_suffix(".partial")
+        with _writing(path):
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, path)
+            self.metrics = path.open("a", encoding="utf-8")
         if recipe.log.wandb:
             self.wandb = _wandb(recipe, self.path)
         self._tensorboard = recipe.log.tensorboard
@@ -93,8 +97,9 @@ class RunFolder:
     def write(self, fields: dict[str, Any]) -> None:
         """A line of metrics, also to TensorBoard and W&B."""
         assert self.metrics is not None
-        self.metrics.write(json.dumps({**fields, "time": time.time() - self.began}) + "\n")
-        self.metrics.flush()
+        with _writing(self.path / "metrics.jsonl"):
+            self.metrics.write(json.dumps({**fields, "time": time.time() - self.began}) + "\n")
+            self.metrics.flush()
         if self._tensorboard and self.board is None:
             # Imported after the first step, so that it delays no start.
             from torch.utils.tensorboard import SummaryWriter
@@ -102,14 +107,16 @@ class RunFolder:
             self.board = SummaryWriter(str(self.path / "tensorboard"), purge_step=self.step + 1)
         scalars = {k: v for k, v in fields.items() if k != "step" and isinstance(v, int | float)}
         if self.board is not None:
-            for key, value in scalars.items():
-                self.board.add_scalar(key, value, fields["step"])
+            with _writing(self.path / "tensorboard"):
+                for key, value in scalars.items():
+                    self.board.add_scalar(key, value, fields["step"])
         if self.wandb is not None:
             self.wandb.log(scalars, step=fields["step"])
 
     def write_text(self, name: str, text: str) -> None:
         """A small file of the run."""
-        (self.path / name).write_text(text, encoding="utf-8")
+        with _writing(self.path / name):
+            (self.path / name).write_text(text, encoding="utf-8")
 
     def save(self, state: State, meta: dict[str, Any], step: int, keep: int, name: str = "") -> Path:
         """A checkpoint; older ones beyond `keep` are deleted once it is safe."""
@@ -119,13 +126,23 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        """Flush and close what is open."""
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.board is not None:
-            self.board.close()
+        """Close what is open. All that matters was flushed, so that a full disk is no error any more."""
+        for log in (self.metrics, self.board):
+            if log is not None:
+                with suppress(OSError):
+                    log.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full or broken disk as a user's error."""
+    try:
+        yield
+    except OSError as error:
+        fix = "Checkpoints are intact. Free some space, then use --resume, or set `out` to another disk."
+        raise UserError(f"cannot be written: {error.strerror or error}.", str(path), fix) from error
 
 
 def _lines(path: Path) -> list[str]:

@@ -36,12 +36,6 @@ class Group:
     decay: float
 
 
-def patterns(model: nn.Module) -> dict[str, Multipliers]:
-    """The default: no decay on vectors (biases, norms, scales), as is usual for Transformers."""
-    vectors = [name for name, p in trainable(model).items() if p.ndim < 2]
-    return {"|".join(vectors): Multipliers(decay=0.0)} if vectors else {}
-
-
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that require gradients, by name, shared ones once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -50,10 +44,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def assign(names: Mapping[str, nn.Parameter], table: Mapping[str, Multipliers]) -> list[Group]:
     """Partition parameters by the product of the multipliers of all patterns that match them.
 
+    Vectors (biases, norms, scales) start with a decay of 0, as is usual for Transformers.
+
     Raises:
         UserError: if a pattern matches no parameter.
     """
-    found = dict.fromkeys(names, Multipliers())
+    found = {name: Multipliers(decay=float(p.ndim > 1)) for name, p in names.items()}
     for pattern, factor in table.items():
         for name in matching(pattern, list(names), "trainable parameter", "groups"):
             found[name] = found[name].times(factor)
@@ -69,7 +65,7 @@ def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> d
     Args:
         scopes: rule -> its pattern; `*` takes what no other rule names.
     Raises:
-        UserError: if two patterns overlap, one matches nothing, or parameters are left over.
+        UserError: if two patterns overlap, a rule gets nothing, or parameters are left over.
     """
     owner: dict[str, str] = {}
     for rule, pattern in scopes.items():
@@ -84,6 +80,9 @@ def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> d
     left = [name for name in names if name not in owner]
     if left and rest is None:
         raise UserError(f"no update rule takes `{left[0]}`.", "techniques", "Give one rule the pattern `*`.")
+    if rest is not None and not left:
+        what = f"the other update rules leave `{rest}` no parameter."
+        raise UserError(what, f"techniques.{rest}", "Drop it, or narrow their patterns.")
     return {r: {n: p for n, p in names.items() if owner.get(n, rest) == r} for r in scopes}
 
 
@@ -103,7 +102,7 @@ def param_groups(groups: Sequence[Group], lr: float, weight_decay: float, **more
 
 
 class Several(Optimizer):
-    """Several update rules as one optimizer. Their groups and states are shared, not copied.
+    """Several update rules as one optimizer, over their own groups. Each part keeps its state itself.
 
     Args:
         parts: optimizers over disjoint parameters.
@@ -117,7 +116,10 @@ class Several(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Step each part."""
-        loss = closure() if closure is not None else None
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for part in self.parts:
             part.step()
         return loss

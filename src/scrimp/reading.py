@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -113,7 +113,7 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
             continue
         try:
             value = yaml.load(text, Loader=Loader) if text else ""
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             faults.append(UserError(f"`{text}` is not a YAML value.", f"command line, {key}"))
             continue
         head, *rest = key.removeprefix("techniques.").split(".")
@@ -171,11 +171,13 @@ class Loader(yaml.SafeLoader):
         """A mapping; a repeated key is an error instead of a silent overwrite."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` is given twice", key_node.start_mark
-                )
+            fault = "is given twice" if isinstance(key, Hashable) and key in seen else ""
+            fault = fault if isinstance(key, Hashable) else "is no plain word"
+            if fault:
+                raise yaml.constructor.ConstructorError(None, None, f"the key `{key}` {fault}", key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 

@@ -22,6 +22,9 @@ from scrimp.technique import Technique
 
 GROUPS: Final = {"model": "models", "data": "datasets", "task": "tasks"}
 """Sections of a recipe that name a part, and where such parts are registered."""
+LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep": 1, "stop.patience": 0,
+                "sample.tokens": 0, "sample.temperature": 0}  # fmt: skip
+"""The smallest value of numbers that have one."""
 NO_RULE: Final = "no technique sets the update rule."
 STRICT: Final[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
@@ -34,7 +37,7 @@ class Validate:
     every: str | float = 0.1
     """Interval; 0 for never."""
     batches: int = 8
-    """Batches of the fixed validation set."""
+    """Batches of the fixed validation set; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +154,7 @@ class Recipe:
             raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
         except OSError as error:
             raise UserError(f"cannot read the recipe: {error.strerror}.", str(path)) from None
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from None
         if not isinstance(raw, dict):
             raise UserError("is not a recipe: the top level must be a mapping.", str(path))
@@ -214,10 +217,7 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
         if f.name == "duration" and isinstance(value, int | float):
             value = f"{value} step"
         values[f.name] = validated(kind, value, f.name, faults)
-    if isinstance(values["seed"], int) and values["seed"] < 0:
-        faults.append(UserError(f"must be at least 0, not {values['seed']}.", "seed"))
-    if isinstance(values["batch"], int) and values["batch"] < 1:
-        faults.append(UserError(f"must be at least 1, not {values['batch']}.", "batch"))
+    faults += _out_of_range(values)
     for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "float64", "bfloat16"))):
         if values[key] not in known:
             faults.append(UserError(f"`{values[key]}` is not one of {', '.join(known)}.", key))
@@ -234,6 +234,18 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
         fix = "Add one of adamw, adam, lion or sgd."
         faults.append(UserError(NO_RULE, "techniques", fix))
     return values
+
+
+def _out_of_range(values: Mapping[str, Any]) -> list[UserError]:
+    faults: list[UserError] = []
+    for where, least in LEAST.items():
+        section, _, name = where.rpartition(".")
+        value = getattr(values[section], name, None) if section else values[name]
+        if value is not None and not value >= least:
+            faults.append(UserError(f"must be at least {least}, not {value}.", where))
+    if values["seed"] is not None and values["seed"] >= 2**63:
+        faults.append(UserError("must be below 2**63.", "seed"))
+    return faults
 
 
 def recipe_part(values: Mapping[str, Any], key: str) -> Any:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from scrimp.arrange import Arrangement, arrange, scope
 from scrimp.clock import Clock
 from scrimp.draws import generator
-from scrimp.errors import UserError
+from scrimp.errors import RecipeError, UserError
 from scrimp.groups import (
     Group,
     Multipliers,
@@ -30,7 +30,6 @@ from scrimp.groups import (
     load_moments,
     moments,
     partition,
-    patterns,
     trainable,
 )
 from scrimp.technique import SLOTS, Technique
@@ -77,7 +76,12 @@ class Run:
             TypeError: if a technique returns nothing.
         """
         for technique in self.order.slots[slot]:
-            value = getattr(technique, slot)(value, self)
+            try:
+                value = getattr(technique, slot)(value, self)
+            except UserError as error:
+                if error.where or isinstance(error, RecipeError):
+                    raise
+                raise UserError(error.what, self.where(technique), error.fix) from error
             if value is None:
                 raise TypeError(f"{technique.name}.{slot} returned None; it must return what shall be used.")
         return value
@@ -262,7 +266,7 @@ def load_rest(run: Run, state: State) -> None:
 def make_optimizer(run: Run) -> Optimizer:
     """The update rules over their groups, then what wraps them."""
     names = trainable(run.model)
-    table = patterns(run.model)
+    table: dict[str, Multipliers] = {}
     for pattern, rule in run.recipe.groups.items():
         table[pattern] = table.get(pattern, Multipliers()).times(Multipliers(rule.lr, rule.decay))
     table = run.fold("groups", table)

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scrimp.errors import RecipeError, UserError
 from scrimp.meter import LiveBytes
+from scrimp.models.seams import matching
 from scrimp.recipe import Recipe
 from scrimp.registry import catalogue, describe, modules, technique_class
 from scrimp.run import Run
@@ -36,8 +37,11 @@ def test_trains(name: str) -> None:
     result = train(made, save=False)
     assert math.isfinite(result.validation["loss"])
     start, end = flat(before.state()), flat(result.run.state())
-    shared = [n for n in start if n in end and n.startswith("model/")]
-    assert any(not torch.equal(start[n], end[n]) for n in shared)
+    weights = dict(before.model.named_parameters())
+    trains = technique_class(name).card.trains or ("*",)
+    trained = {n for pattern in trains for n in matching(pattern, list(weights), "parameter")}
+    moved = {n for n in weights if not torch.equal(start[f"model/{n}"], end[f"model/{n}"])}
+    assert moved == trained, f"left or moved by mistake: {sorted(moved ^ trained)[:4]}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,7 +75,7 @@ def test_plans_on_fake_tensors_to_the_byte(name: str) -> None:
         planned = _peak(fake, {k: mode.from_tensor(v) for k, v in batch.items()})
     if name == "compile":  # planned before fusion, and compiled code is not seen op by op
         return
-    assert planned == _peak(real, batch)
+    assert planned == _peak(real, batch) > 0
 
 
 def _peak(run: Run, batch: dict[str, torch.Tensor]) -> int:
@@ -89,9 +93,11 @@ def test_renames_no_parameter(name: str) -> None:
     run = run_of(recipe(example(name)))
     names = {n for n, _ in run.model.named_parameters()}
     lost = run.base - names
+    added = names - run.base
     removes = {"depth schedule", "normalization"} & set(technique_class(name).card.sets)
     assert not lost or removes, f"renamed or lost: {sorted(lost)[:3]}"
-    assert not names - run.base or set(technique_class(name).card.trains) or removes
+    assert not (lost and added), f"renamed: {sorted(lost)[:3]} to {sorted(added)[:3]}"
+    assert not added or technique_class(name).card.trains, f"added, and no pattern trains it: {sorted(added)[:3]}"
 
 
 PATTERNED = [n for n in NAMES if technique_class(n).card.scope]
@@ -105,9 +111,11 @@ def test_a_pattern_that_hits_nothing_raises(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_round_trips_through_yaml(name: str) -> None:
+def test_round_trips_through_yaml(name: str, tmp_path: Path) -> None:
     made = recipe(example(name), data="text")
-    assert Recipe.read(yaml.safe_load(made.yaml())) == made
+    assert Recipe.read(made.dump()) == made
+    (tmp_path / "r.yaml").write_text(made.yaml())
+    assert Recipe.load(tmp_path / "r.yaml") == made
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if technique_class(n).card.neutral is not None])

@@ -19,7 +19,6 @@ from scrimp.groups import (
     moments,
     param_groups,
     partition,
-    patterns,
     trainable,
 )
 from scrimp.run import Run
@@ -77,6 +76,12 @@ def test_a_pattern_without_a_parameter_names_the_nearest() -> None:
         run_of(recipe(Lion(params="embde.weight"), AdamW()))
 
 
+def test_a_vector_takes_no_decay_from_a_matrix_of_a_similar_name() -> None:
+    model = nn.Sequential(nn.LayerNorm(2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    decay = {n: g.decay for g in assign(trainable(model), {}) for n in g.params}
+    assert {n for n, d in decay.items() if d} == {"1.0.weight", "1.1.weight"}
+
+
 def test_groups_reach_the_rule_as_base_rate_and_decay() -> None:
     (group,) = param_groups([Group(named("a"), 0.5, 0.25), Group({}, 1.0, 1.0)], lr=0.1, weight_decay=0.4, more=1)
     assert (group["lr"], group["base_lr"], group["weight_decay"], group["more"]) == (0.05, 0.05, 0.1, 1)
@@ -90,7 +95,6 @@ def test_by_default_vectors_do_not_decay() -> None:
     assert len(seen) == len(set(map(id, seen)))
     for group in run.optimizer.param_groups:
         assert all((p.ndim < 2) == (group["weight_decay"] == 0) for p in group["params"])
-    assert patterns(nn.Linear(2, 2, bias=False)) == {}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -136,6 +140,8 @@ def test_overlap_and_leftovers_are_refused() -> None:
         partition(names, {"lion": "a.*", "adamw": "a.x"})
     with pytest.raises(UserError, match=r"no update rule takes `a\.y`.*`\*`"):
         partition(names, {"lion": "a.x"})
+    with pytest.raises(UserError, match=r"techniques.sgd: the other update rules leave `sgd` no parameter"):
+        partition(names, {"lion": "a.*", "sgd": "*"})
     with pytest.raises(UserError, match=r"techniques.sgd: `b\.\*` matches no trainable parameter"):
         partition(names, {"lion": "*", "sgd": "b.*"})
 
@@ -158,8 +164,7 @@ def test_two_rules_train_as_each_would_on_its_share() -> None:
     shares = [{n: p for n, p in whole.items() if n.startswith("blocks.") == inside} for inside in (True, False)]
     alone: list[Optimizer] = []
     for rule, share in zip(lion_on_blocks(), shares, strict=True):
-        vectors = {"|".join(n for n, p in share.items() if p.ndim < 2): Multipliers(decay=0.0)}
-        alone.append(rule.optimizer(None, run)(assign(share, vectors)))  # type: ignore[arg-type]
+        alone.append(rule.optimizer(None, run)(assign(share, {})))  # type: ignore[arg-type]
     assert run.backward and run.step and run.optimizer
     for n in range(3):
         batch = run.batch(n)
@@ -234,3 +239,18 @@ def test_a_parameter_in_two_rules_is_refused() -> None:
     (p,) = named("a").values()
     with pytest.raises(ValueError, match="more than one parameter group"):
         Several([torch.optim.SGD([p], lr=0.1), torch.optim.SGD([p], lr=0.1)])
+
+
+def test_a_closure_is_called_once_with_gradients() -> None:
+    (p,) = named("a").values()
+    calls: list[float] = []
+
+    def closure() -> float:
+        loss = (p**2).sum()
+        loss.backward()
+        calls.append(float(loss.detach()))
+        return calls[-1]
+
+    assert Several([torch.optim.SGD([p], lr=0.1)]).step(closure) == 4.0
+    assert calls == [4.0]
+    assert torch.allclose(p, torch.full((2, 2), 0.8))

@@ -52,7 +52,7 @@ def test_first_values() -> None:
 @pytest.mark.parametrize(("stabilized", "scale"), [(False, 12 / 4), (True, 12 / 2)])
 def test_outputs_and_gradients_by_the_equation(stabilized: bool, scale: float) -> None:
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(6, 5)).double()
+    layer: Any = nn.Sequential(nn.Linear(6, 5)).double()
     weight, bias = layer[0].weight.detach(), layer[0].bias.detach()
     tuned: Any = scrimp.apply(layer, [LoRA(rank=4, alpha=12.0, rank_stabilized=stabilized, targets="*")])
     random_b(tuned)

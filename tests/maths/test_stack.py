@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_copies_go_their_own_way() -> None:
 
 
 @pytest.mark.parametrize("order", ["stack", "interleave"])
-def test_zeroed_copies_keep_the_function_bit_by_bit(order: str) -> None:
+def test_zeroed_copies_keep_the_function_bit_by_bit(order: Literal["stack", "interleave"]) -> None:
     made = recipe(example("adamw"), Stack(at=("4 step",), order=order, zero_new=True), dtype="float64")
     tokens = run_of(made).batch(0)["tokens"]
     runs: list[Run] = []
@@ -203,6 +203,9 @@ class Head(nn.Module):
         super().__init__()
         self.key = nn.Linear(4, 2)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.key(x)
+
 
 class Layer(nn.Module):
     """A block with a list of its own, which is longer than that of the blocks once they are cut."""
@@ -213,7 +216,7 @@ class Layer(nn.Module):
         self.mix = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mix(x + torch.cat([head.key(x) for head in self.heads][:2], -1))
+        return x + self.mix(x + torch.cat([head(x) for head in self.heads][:2], -1))
 
 
 class Lecture(nn.Module):

@@ -1,51 +1,65 @@
-"""Every two techniques that share a slot, in all orders that no card declares: same weights, same peak memory."""
+"""Every two techniques: do they fit together, and does the order in which a shared slot folds them matter?
+
+Two techniques share a slot when both override it. An order that their cards declare is taken from the cards; every
+other one must not matter: same weights to the last bit, same peak of live bytes.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scrimp.arrange import Arrangement, arrange, clash, declared
 from scrimp.meter import LiveBytes
 from scrimp.recipe import Recipe
-from scrimp.registry import modules, technique_class
+from scrimp.registry import modules
 from scrimp.run import Run, exported
-from scrimp.technique import SLOTS, overrides
+from scrimp.technique import SLOTS, Technique, overrides
 from tiny import example, flat, recipe, run_of
 
 NOT_FOLDED = {"stages", "decide", "price"}
 STEPS = 8
 
 
+def together() -> Iterator[tuple[str, str]]:
+    """Every two techniques that do not clash."""
+    for a, b in itertools.combinations(sorted(modules()), 2):
+        if not clash(example(a), example(b)):
+            yield a, b
+
+
+def shared(a: str, b: str) -> Iterator[tuple[str, bool]]:
+    """(slot, whether the cards declare the order) for every slot that two techniques share."""
+    one, two = example(a), example(b)
+    for slot in SLOTS:
+        if slot not in NOT_FOLDED and overrides(one, slot) and overrides(two, slot):
+            yield slot, declared(slot, one, two)
+
+
 def pairs() -> Iterator[tuple[str, str, str]]:
     """(slot, a, b) for every two techniques that share a slot, do not clash, and whose order no card declares."""
-    for a, b in itertools.combinations(sorted(modules()), 2):
-        one, two = example(a), example(b)
-        if clash(one, two):
-            continue
-        for slot in SLOTS:
-            if slot in NOT_FOLDED or not (overrides(one, slot) and overrides(two, slot)):
-                continue
-            if not declared(slot, one, two):
-                yield slot, a, b
+    for a, b in together():
+        yield from ((slot, a, b) for slot, known in shared(a, b) if not known)
 
 
-def sampled(pair: tuple[str, str, str], share: int = 3) -> bool:
-    """A fixed third of the grid, and everything that touches `step` and `backward`."""
+def sampled(case: tuple[str, ...], share: int = 3) -> bool:
+    """A fixed part of the grid, and everything that touches `step` and `backward`. `SCRIMP_PAIRS=full` takes all."""
     if os.environ.get("SCRIMP_PAIRS") == "full":
         return True
-    return pair[0] in ("step", "backward") or zlib.crc32("/".join(pair).encode()) % share == 0
+    return case[0] in ("step", "backward") or zlib.crc32("/".join(case).encode()) % share == 0
 
 
-def recipe_of(a: str, b: str) -> Recipe:
-    """A recipe of both in float64, with SGD where neither is a rule. (Adam and Lion hide a wrong gradient scale.)"""
-    wide = "float32" if "autocast" in (a, b) else "float64"
-    return recipe(example(a), example(b), dtype=wide, duration=f"{STEPS} step")
+def recipe_of(*techniques: Technique) -> Recipe:
+    """A recipe in float64, with SGD where none is a rule. (Adam and Lion hide a wrong gradient scale.)"""
+    wide = "float32" if any(t.name == "autocast" for t in techniques) else "float64"
+    return recipe(*techniques, dtype=wide, duration=f"{STEPS} step")
 
 
 def swapped(made: Recipe, slot: str, a: str, b: str) -> Arrangement:
@@ -57,37 +71,48 @@ def swapped(made: Recipe, slot: str, a: str, b: str) -> Arrangement:
     return replace(order, slots={**order.slots, slot: line})
 
 
-def outcome(run: Run) -> tuple[dict[str, torch.Tensor], int]:
-    """Weights after a few steps, and the peak of live bytes of the steps."""
+def train(run: Run, batches: Sequence[dict[str, torch.Tensor]]) -> tuple[int, float]:
+    """Peak of live bytes over steps on these batches, and the last loss."""
     assert run.backward and run.step and run.optimizer
-    peak = 0
-    for _ in range(STEPS):
-        batch = run.batch(run.clock.step)
+    peak, loss = 0, math.nan
+    for batch in batches:
         count = run.task.count(batch)
         run.set_lr()
         with LiveBytes() as meter:
-            run.backward(batch, count)
+            loss = run.read(run.backward(batch, count), worst=0.0)
             run.step()
         peak = max(peak, meter.peak)
         run.optimizer.zero_grad(set_to_none=True)
-        run.clock.tick(run.recipe.batch, int(count))
-    weights = {n: t for n, t in flat(run.state()).items() if n.startswith("model/")}
+        run.clock.tick(run.recipe.batch, 1)
+    return peak, loss
+
+
+def outcome(run: Run) -> tuple[dict[str, torch.Tensor], int]:
+    """All tensors after a few steps, exported and measured ones too, and the peak of live bytes of the steps."""
+    peak, last = train(run, [run.batch(i) for i in range(STEPS)])
     plain = {f"export/{n}": t.detach().clone() for n, t in exported(run).items()}
     assert run.evaluate is not None
     scores = run.evaluate(lambda model: run.task.evaluate(model, [run.batch(0)]))
-    return weights | plain | {"loss": torch.tensor(scores["loss"])}, peak
+    return flat(run.state()) | plain | {"loss": torch.tensor(last), "score": torch.tensor(scores["loss"])}, peak
 
 
-def differences(slot: str, a: str, b: str) -> tuple[float, int]:
-    """Largest difference of weights and difference of peak bytes between the two orders."""
-    made = recipe_of(a, b)
+def differences(slot: str, one: Technique, two: Technique) -> tuple[float, int]:
+    """Largest difference of a number and difference of peak bytes between the two orders of a slot."""
+    made = recipe_of(one, two)
     first, peak = outcome(run_of(made))
-    second, other = outcome(run_of(made, order=swapped(made, slot, a, b)))
-    assert first.keys() == second.keys()
-    worst = max(float((first[n] - second[n]).abs().max()) for n in first)
+    second, other = outcome(run_of(made, order=swapped(made, slot, one.name, two.name)))
+    if first.keys() != second.keys():
+        return math.inf, other - peak
+    worst = max(float((first[n].double() - second[n].double()).abs().max()) for n in first)
     return worst, other - peak
 
 
-def rule_names() -> list[str]:
-    """Names of the update rules."""
-    return [n for n in modules() if "update rule" in technique_class(n).card.sets]
+def planned_and_measured(made: Recipe, steps: int = 2) -> tuple[int, int]:
+    """Peak of live bytes of the first steps: on fake tensors, as a plan counts it, and on real ones."""
+    real = run_of(made)
+    batches = [real.batch(i) for i in range(steps)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        planned, _ = train(run_of(made), [{k: mode.from_tensor(v) for k, v in b.items()} for b in batches])
+    measured, loss = train(real, batches)
+    assert math.isfinite(loss)
+    return planned, measured
