@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false, reportMissingImports=false
 """Every two techniques on a tiny model: which clash, which fit together, and where their order matters.
 
     python benchmarks/pairs.py              # a few minutes on one core; writes evidence/pairs.json
@@ -29,7 +30,6 @@ from scrimp.errors import UserError  # noqa: E402
 from scrimp.folder import environment  # noqa: E402
 from scrimp.registry import modules  # noqa: E402
 from scrimp.technique import Technique  # noqa: E402
-from tiny import example  # noqa: E402
 
 UNSEEN = {"compile"}
 """Their code is not seen operator by operator: a plan is an upper bound."""
@@ -57,7 +57,7 @@ def main() -> None:
 
 def row(a: str, b: str) -> dict[str, Any]:
     """One pair's line of the table."""
-    one, two = example(a), example(b)
+    one, two = grid.tried(a), grid.tried(b)
     found: dict[str, Any] = {"a": a, "b": b, "verdict": "fits", "slots": {}}
     reason = clash(one, two)
     if reason:
