@@ -140,8 +140,10 @@ def test_depths_that_do_not_grow_are_refused() -> None:
     for depths in ((3, 2), (0, 4), (2, 3)):
         with pytest.raises(UserError, match=r"techniques\.stack\.depths: .* do not grow"):
             run_of(recipe(Stack(at=(0.5,), depths=depths)))
-    with pytest.raises(UserError, match="do not grow"):
-        run_of(recipe(Stack(at=(0.1, 0.2, 0.3))))
+    settings: Any
+    for settings in ({"at": (0.1, 0.2), "depths": (3, 1, 4)}, {"at": (0.1, 0.2, 0.3)}):
+        with pytest.raises(UserError, match="do not grow"):
+            run_of(recipe(Stack(**settings)))
     with pytest.raises(UserError, match="2 points need 3 depths"):
         Stack(at=(0.1, 0.2), depths=(1, 4))
     with pytest.raises(UserError, match="not a duration"):
