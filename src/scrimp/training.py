@@ -285,8 +285,8 @@ def non_finite(run: Run, value: float) -> UserError:
     bad = [n for n, norm in norms.items() if not math.isfinite(norm)]
     worst = bad[0] if bad else max(norms, key=lambda n: norms[n], default="none")
     at = f"the largest gradient is that of `{worst}` ({norms.get(worst, 0):.3g})"
-    what = f"the loss is {value} at step {run.clock.step}; {at}."
-    fix = "Try a lower learning rate, a longer warm-up, or clip; resume from the last checkpoint."
+    what = f"the loss is {value} at step {run.clock.step + 1}; {at}."
+    fix = "Try a lower learning rate, a longer warm-up, or clip; resume from a checkpoint before it."
     return UserError(what, "training", fix)
 
 

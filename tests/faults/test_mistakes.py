@@ -25,6 +25,8 @@ GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
         ({"model": "gpt-5m"}, "model.preset: there is no preset `gpt-5m`. Did you mean"),
         ({"model": {"widht": 3}}, "model.widht: unknown setting `widht`. Did you mean width"),
         ({"model": {"width": 30, "heads": 4}}, "width 30 is not a multiple of heads 4"),
+        ({"model": {"heads": 0}}, "model: heads must be at least 1, not 0"),
+        ({"model": {"dropout": float("nan")}}, "model: dropout must be at least 0 and less than 1, not nan"),
         ({"techniques": {"adamv": {}}}, "techniques.adamv: there is no technique `adamv`. Did you mean"),
         ({"techniques": {"adamw": {"lr": "fast"}}}, "techniques.adamw.lr: input should be a valid number"),
         ({"techniques": {"adamw": {"larning": 1}}}, "unknown setting `larning`"),

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,7 @@ def test_a_mistake_on_the_command_line_is_two_lines_and_exit_2(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-m", "scrimp", "show", "lyon"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip() == "scrimp: there is no technique `lyon`. Did you mean lion or lora?"
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "scrimp", "train", "none.yaml"], capture_output=True, text=True, cwd=tmp_path
     )
     assert "cannot read the recipe" in done.stderr
-    assert time.monotonic() - began < 60

@@ -62,6 +62,23 @@ class TransformerConfig:
     """Folder the weights come from (written by `from`)."""
 
     def __post_init__(self) -> None:
+        least = {
+            "layers": 1,
+            "width": 1,
+            "heads": 1,
+            "kv_heads": 0,
+            "head_width": 0,
+            "hidden": 0,
+            "vocab": 0,
+            "context": 0,
+        }
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise UserError(f"{name} must be at least {smallest}, not {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and less than 1, not {self.dropout}.")
+        if not self.init_std >= 0:
+            raise UserError(f"init_std must be at least 0, not {self.init_std}.")
         if self.width % self.heads and not self.head_width:
             raise UserError(f"width {self.width} is not a multiple of heads {self.heads}.", "", "Set `head_width`.")
         if self.kv_heads and self.heads % self.kv_heads:
