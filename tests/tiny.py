@@ -71,7 +71,7 @@ def example(name: str, **settings: Any) -> Technique:
 def recipe(*techniques: Technique, **settings: Any) -> Recipe:
     """A tiny recipe; SGD is its update rule when no technique sets one."""
     if not any("update rule" in t.card.sets for t in techniques):
-        techniques = (*techniques, technique_class("sgd")(lr=0.05))
+        techniques = (*techniques, example("sgd"))
     settings = {"model": MODEL, "data": TinyData(), "batch": 4, "duration": "8 step"} | settings
     settings.setdefault("log", {"tensorboard": False})
     settings.setdefault("sample", {"tokens": 4})

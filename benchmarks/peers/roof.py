@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ def best_rate(size: int, seconds: float) -> float:
     """The fastest of the products that fit into `seconds`, at least two of each library, in FLOP/s."""
     a, b, c = torch.rand(size, size), torch.rand(size, size), torch.empty(size, size)
     best, done, end = 0.0, 0, time.perf_counter() + seconds
-    library = torch.backends.mkldnn.matmul
+    library: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     default = library.fp32_precision
     while done < 4 or time.perf_counter() < end:
         library.fp32_precision = "bf16" if done % 2 else default

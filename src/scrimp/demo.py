@@ -16,7 +16,7 @@ from rich.text import Text
 
 from scrimp.errors import UserError
 from scrimp.folder import environment
-from scrimp.recipe import Recipe
+from scrimp.recipe import Checkpoint, Log, Recipe, Sample, Validate
 from scrimp.registry import technique_class
 
 STEPS: Final = 220
@@ -37,10 +37,10 @@ def recipes(out: Path, steps: int) -> dict[str, Recipe]:
             batch=8,
             duration=f"{steps} step",
             techniques=chosen,
-            validate={"every": 0.25, "batches": 6},
-            checkpoint={"every": 0},
-            log={"tensorboard": False},
-            sample={"prompt": "def ", "tokens": 96},
+            validate=Validate(every=0.25, batches=6),
+            checkpoint=Checkpoint(every=0),
+            log=Log(tensorboard=False),
+            sample=Sample(prompt="def ", tokens=96),
             out=str(out),
             name=name,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 import yaml
 
@@ -151,14 +151,14 @@ class Recipe:
         """
         path = Path(path)
         try:
-            raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
+            raw: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
         except OSError as error:
             raise UserError(f"cannot read the recipe: {error.strerror}.", str(path)) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from None
         if not isinstance(raw, dict):
             raise UserError("is not a recipe: the top level must be a mapping.", str(path))
-        return cls.read({str(key): value for key, value in raw.items()}, overrides)
+        return cls.read(words(cast(Any, raw)), overrides)
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -227,8 +227,7 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
             Duration.parse(text, where)
         except UserError as error:
             faults.append(error)
-    if not isinstance(recipe.techniques, tuple):
-        values["techniques"] = tuple(recipe.techniques)
+    values["techniques"] = tuple(recipe.techniques)
     faults += clashes(recipe.techniques)
     if not any("update rule" in t.card.sets for t in recipe.techniques):
         fix = "Add one of adamw, adam, lion or sgd."
@@ -253,6 +252,11 @@ def recipe_part(values: Mapping[str, Any], key: str) -> Any:
     return getattr(values[key], "every", 0)
 
 
+def words(mapping: Mapping[Any, Any]) -> dict[str, Any]:
+    """A mapping whose keys are words, as YAML does not promise."""
+    return {str(key): value for key, value in mapping.items()}
+
+
 def _component(group: str, where: str, value: Any, faults: list[UserError]) -> Any:
     if is_dataclass(value):
         return value
@@ -261,7 +265,7 @@ def _component(group: str, where: str, value: Any, faults: list[UserError]) -> A
     if not isinstance(value, Mapping):
         faults.append(UserError(f"must be a name or a mapping, not {value!r}.", where))
         return None
-    settings = {str(key): item for key, item in value.items()}
+    settings = words(cast(Any, value))
     try:
         kind = component(group, str(settings.pop("name", next(iter(BUILT_IN[group])))), where)
         expand = getattr(kind, "expand", None)

@@ -155,7 +155,7 @@ def build(
     if "model" in state:
         load_weights(run.model, state["model"], lambda name: last is not None or name in run.base)
     run.optimizer = make_optimizer(run)
-    run.factor = run.fold("schedule", lambda progress: 1.0)
+    run.factor = run.fold("schedule", constant)
     run.index = run.fold("items", np.arange(len(data.train)))
     run.batch = run.fold("batch", batches(run))
     run.loss = run.fold("loss", run.task.loss)
@@ -306,6 +306,11 @@ def batches(run: Run) -> Callable[[int], Batch]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """A batch on the device."""
     return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def constant(progress: float) -> float:
+    """The schedule of a run that has none."""
+    return 1.0
 
 
 def plain_backward(run: Run) -> Backward:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,7 +36,7 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
                 made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
             module.register_parameter(name, made[id(p)])
         for name, b in module.named_buffers(recurse=False):
-            keep = name not in module._non_persistent_buffers_set
+            keep = name in module.state_dict(keep_vars=True)
             module.register_buffer(name, torch.empty_like(b, device=device), keep)
         own = next(module.named_buffers(recurse=False), None)
         refill = getattr(module, "refill", None) or getattr(module, "reset_parameters", None)
@@ -49,7 +49,7 @@ def materialize(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextmanager
-def on_meta(dtype: torch.dtype) -> Iterator[None]:
+def on_meta(dtype: torch.dtype) -> Generator[None]:
     """Modules made inside take no memory, and have this type."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

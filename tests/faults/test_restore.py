@@ -16,7 +16,6 @@ from scrimp import checkpoint
 from scrimp.errors import UserError
 from scrimp.models import hub
 from scrimp.recipe import Recipe
-from scrimp.registry import technique_class
 from scrimp.training import train
 from tiny import assert_equal, example, flat, recipe, run_of
 
@@ -128,7 +127,7 @@ def test_growth_keeps_the_function_of_the_average_too() -> None:
 
     settings = recipe(example("stack", at=("4 step",), zero_new=True), example("ema"), dtype="float64")
     small = run_of(settings)
-    state = {kind: dict(tensors) for kind, tensors in small.state().items()}
+    state: Any = {kind: dict(tensors) for kind, tensors in small.state().items()}
     data = settings.data.open()
     clock = new_clock(settings, data)
     clock.step, clock.stage, clock.cuts = 4, 1, [4]
@@ -139,7 +138,7 @@ def test_growth_keeps_the_function_of_the_average_too() -> None:
 
 
 def test_an_adapter_on_a_tied_head_is_refused_and_on_an_untied_one_merges() -> None:
-    lora = technique_class("lora")(targets="*")
+    lora = example("lora", targets="*")
     with pytest.raises(UserError, match="the weight of `head` is shared"):
         run_of(recipe(lora))
     run_of(recipe(lora, model={"layers": 1, "width": 16, "heads": 1, "tied": False}))

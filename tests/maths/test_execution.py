@@ -31,7 +31,7 @@ def test_recomputed_gradients_are_bitwise_the_same_and_the_peak_falls(mode: str)
 def test_block_mode_runs_each_block_twice_and_validation_once() -> None:
     run = run_of(recipe(example("recompute")))
     calls: list[int] = []
-    run.model.blocks[1].attention.register_forward_hook(lambda m, i, o: calls.append(1))
+    run.model.get_submodule("blocks.1.attention").register_forward_hook(lambda m, i, o: calls.append(1))
     gradients(run)
     assert len(calls) == 2
     assert run.evaluate is not None

@@ -9,7 +9,7 @@ from scrimp import products
 
 
 def precision() -> str:
-    return torch.backends.mkldnn.matmul.fp32_precision
+    return torch.backends.mkldnn.matmul.fp32_precision  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_products_keep_float32_and_the_setting_is_restored() -> None:

@@ -84,7 +84,7 @@ def test_sam_on_a_quadratic_by_hand() -> None:
 def test_sam_runs_the_model_twice_with_the_same_dropout() -> None:
     run = run_of(recipe(example("sam")))
     seen: list[torch.Tensor] = []
-    run.model.blocks[0].dropout.register_forward_hook(lambda m, i, o: seen.append((o == 0).clone()))
+    run.model.get_submodule("blocks.0.dropout").register_forward_hook(lambda m, i, o: seen.append((o == 0).clone()))
     step(run)
     assert len(seen) == 2
     assert torch.equal(*seen)
@@ -94,7 +94,9 @@ def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
     run = run_of(recipe(example("autocast", dtype="float16", scale=1024.0)))
     before = {n: p.detach().clone() for n, p in run.model.named_parameters()}
     gradients(run)
-    run.model.embed.weight.grad[0, 0] = math.inf
+    grad = run.model.get_parameter("embed.weight").grad
+    assert grad is not None
+    grad[0, 0] = math.inf
     assert run.step is not None
     assert run.step() is False
     assert all(torch.equal(before[n], p) for n, p in run.model.named_parameters())
@@ -129,7 +131,7 @@ def test_scaled_gradients_come_back_unscaled() -> None:
 def test_bfloat16_products_and_float32_weights() -> None:
     run = run_of(recipe(example("autocast")))
     kinds: list[torch.dtype] = []
-    run.model.blocks[0].mlp.up.register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    run.model.get_submodule("blocks.0.mlp.up").register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
     step(run)
     assert kinds == [torch.bfloat16]
     assert all(p.dtype == torch.float32 for p in run.model.parameters())

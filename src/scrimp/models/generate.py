@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +28,9 @@ def generate(
     Returns:
         ids, [T + added].
     """
-    context = model.config.context  # type: ignore[union-attr]
-    blocks = model.config.layers  # type: ignore[union-attr]
+    config: Any = model.config
+    context: int = config.context
+    blocks: int = config.layers
     cache: list[list[Tensor]] = [[] for _ in range(blocks)]
     fresh = tokens[-context:]
     length = 0
