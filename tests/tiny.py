@@ -13,7 +13,7 @@ from scrimp.recipe import Recipe
 from scrimp.registry import technique_class
 from scrimp.run import Run, build
 from scrimp.technique import Technique
-from scrimp.training import new_clock
+from scrimp.stages import new_clock
 
 
 class Stream:

@@ -67,6 +67,36 @@ def train(
         raise typer.Exit(130)
 
 
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    overrides: Words = None,
+    machine: Annotated[str, typer.Option(help="here, or a machine by name, such as A100-80.")] = "here",
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", show_default=False)] = None,
+    json_: AsJson = False,
+) -> None:
+    """Say what a run will need, before it runs: bytes, FLOPs, seconds."""
+    from scrimp import planview
+    from scrimp.plan import plan as make
+
+    made = make(load(recipe, overrides), machine)
+    if html is not None:
+        html.write_text(planview.page(made), encoding="utf-8")
+    typer.echo(json.dumps(planview.as_json(made), indent=1) if json_ else planview.text(made))
+
+
+@app.command()
+def probe() -> None:
+    """Measure this machine once, for plans. Takes about a minute; best on an idle machine."""
+    from scrimp.allocator import lean
+    from scrimp.machines.probe import probe as measure
+
+    lean()
+    rates = measure(lambda what: typer.echo(f"measuring {what} ..."))
+    typer.echo("\n".join(f"{dtype:9} products {rate / 1e9:8,.0f} GFLOP/s" for dtype, rate in rates.flops().items()))
+    typer.echo(f"bandwidth {rates.bandwidth() / 1e9:.1f} GB/s; an operator {rates.overhead * 1e6:.1f} us")
+
+
 @app.command("list")
 def list_(json_: AsJson = False) -> None:
     """List all techniques by section."""

@@ -24,7 +24,8 @@ from scrimp.models.generate import generate
 from scrimp.products import fast_products
 from scrimp.restore import fingerprint, same_data, starting_weights
 from scrimp.restore import whole as restored
-from scrimp.run import Run, build, configured
+from scrimp.run import Run, build
+from scrimp.stages import new_clock, stage_end
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -191,20 +192,6 @@ def _stage(run: Run, end: int, session: Session) -> str:
         if save and clock.step % save == 0 and not clock.done:
             snapshot(run, session)
     return "finished"
-
-
-def new_clock(recipe: Recipe, data: Any) -> Clock:
-    """The clock of a run that begins."""
-    context = getattr(configured(recipe, data), "context", 0) or data.train.context
-    tokens = min(context, data.train.context)
-    return Clock.plan(Duration.parse(recipe.duration, "duration"), recipe.batch, tokens, len(data.train))
-
-
-def stage_end(run: Run) -> int:
-    """Where the current stage ends at the latest: the next point at which a technique wants the run rebuilt."""
-    clock = run.clock
-    points = [clock.at(d) for technique in run.order.slots["stages"] for d in technique.stages()]
-    return min((p for p in points if p > clock.begun), default=clock.end)
 
 
 def release(run: Run, decisions: dict[str, Any], session: Session) -> State:

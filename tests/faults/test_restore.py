@@ -123,7 +123,7 @@ def test_seeds_change_dropout_and_negative_ones_are_refused() -> None:
 
 def test_growth_keeps_the_function_of_the_average_too() -> None:
     from scrimp.run import build
-    from scrimp.training import new_clock
+    from scrimp.stages import new_clock
 
     settings = recipe(example("stack", at=("4 step",), zero_new=True), example("ema"), dtype="float64")
     small = run_of(settings)

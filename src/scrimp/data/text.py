@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import documents, find, fingerprint
+from scrimp.data.outline import Outline, estimated
 from scrimp.data.stream import Tokens
 from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
 from scrimp.errors import UserError
@@ -88,6 +89,17 @@ class TextData:
         raw = self.tokenizer == "bytes"
         tokenizer = bytes_tokenizer() if raw else Tokenizer.read(folder, meta["end_token"])
         return Data(tokens[0], tokens[1], tokenizer, meta)
+
+    def outline(self) -> Data | Outline:
+        """The corpus if it is built, else its sizes, without reading it."""
+        files = find(self.source)
+        root = cache_folder(self.cache, "text")
+        if read_meta(root / _key(self, files, root)):
+            return self.open()
+        vocab = self.vocab
+        if self.tokenizer != "bpe":
+            vocab = _tokenizer(self, files, 0).vocab
+        return estimated(sum(path.stat().st_size for path in files), self.tokenizer, vocab, self.context, self.holdout)
 
 
 def _key(settings: TextData, files: list[Path], root: Path) -> str:

@@ -27,6 +27,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     "llama-160m": {"layers": 12, "width": 768, "heads": 12, "kv_heads": 4, "context": 2048, **LLAMA},
     "llama-1.1b": {"layers": 22, "width": 2048, "heads": 32, "kv_heads": 4, "hidden": 5632, "vocab": 32000,
                    "context": 2048, **LLAMA},
+    "llama3-8b": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab": 128256,
+                  "context": 8192, "rope_base": 500000.0, **LLAMA},
 }  # fmt: skip
 
 

@@ -1,0 +1,54 @@
+"""The sizes of a corpus that is not built yet, for a plan: tokenizing ten gigabytes to say what a run needs is no plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+BYTES_PER_TOKEN: Final = {"bytes": 1.0, "bpe": 4.0}
+"""Of usual text; of a given tokenizer as of a trained one."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of zeros, as many as the corpus is thought to have."""
+
+    count: int
+    context: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def windows(self, ids: np.ndarray, length: int | None = None) -> np.ndarray:
+        """int64 zeros, shape [len(ids), length + 1]."""
+        return np.zeros((len(ids), (length or self.context) + 1), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer's size; `end` is any id."""
+
+    vocab: int
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a plan needs to know of a corpus."""
+
+    train: Windows
+    validation: Windows
+    tokenizer: Vocabulary
+    note: str
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def estimated(size: int, tokenizer: str, vocab: int, context: int, holdout: float) -> Outline:
+    """An outline from bytes of text."""
+    tokens = size / BYTES_PER_TOKEN.get(tokenizer, BYTES_PER_TOKEN["bpe"])
+    windows = max(2, int(tokens / context))
+    held = max(1, int(windows * holdout))
+    note = f"The corpus is not built yet: {tokens:,.0f} tokens are an estimate from {size:,} bytes of files."
+    return Outline(Windows(windows - held, context), Windows(held, context), Vocabulary(vocab), note)

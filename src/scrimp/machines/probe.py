@@ -1,0 +1,219 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Measure this machine once: products by shape and dtype, attention, memory-bound operators, fresh pages, overhead.
+
+Each figure is the best of a few repetitions, so that what else runs disturbs little. Results are kept by processor,
+cores, threads and torch's version; another one of these is another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scrimp.data.cache import cache_folder
+from scrimp.machines.rates import Rates
+from scrimp.products import fast_products
+
+SIDES: Final = (16, 64, 256, 1024, 4096)
+"""Sides of the products that are measured."""
+LIMIT: Final = 0.5
+"""Seconds that one product may take; a larger one gets the rate of the one before."""
+SIZES: Final = tuple(4**n << 12 for n in range(8))
+"""Bytes that memory-bound operators move, 4 KiB to 64 MiB."""
+Say = Callable[[str], None]
+
+
+def remembered() -> Rates | None:
+    """What an earlier probe of this machine found."""
+    return Rates.read(_place())
+
+
+def probe(say: Say = lambda text: None) -> Rates:
+    """Measure and remember. Takes about a minute.
+
+    Args:
+        say: hears what is measured.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with fast_products(), torch.no_grad():
+        say("matrix products")
+        products = list(_products(device))
+        say("attention")
+        with torch.enable_grad():
+            attention = list(_attention(device))
+        say("memory-bound operators")
+        stream = list(_stream(device))
+        fault = _fault() if device.type == "cpu" else 0.0
+    say("a small run")
+    overhead, step, resident = _small_run(device)
+    rates = Rates(machine(), products, attention, stream, fault, overhead, step, resident)
+    _place().write_text(rates.text(), encoding="utf-8")
+    return rates
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    return {"processor": name, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "products": os.environ.get("SCRIMP_PRODUCTS", ""),
+            "allocator": os.environ.get("SCRIMP_ALLOCATOR", "")}  # fmt: skip
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _place() -> Path:
+    key = hashlib.blake2b(json.dumps(machine(), sort_keys=True).encode(), digest_size=8).hexdigest()
+    return cache_folder("", "probe") / f"{key}.json"
+
+
+def best(work: Callable[[], Any], device: torch.device, least: float = 0.004, most: int = 200) -> float:
+    """Seconds of the fastest repetition; repeats for `least` seconds, at least twice."""
+    found, spent, count = float("inf"), 0.0, 0
+    while count < 2 or (spent < least and count < most):
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - begin
+        found, spent, count = min(found, took), spent + took, count + 1
+        if took > LIMIT:
+            break
+    return found
+
+
+def _products(device: torch.device) -> Iterator[tuple[str, str, int, int, int, float]]:
+    for dtype in ("float32", "bfloat16", "float64"):
+        kind = getattr(torch, dtype)
+        for layout in ("nt", "nn", "tn") if dtype != "float64" else ("nn",):
+            slow: float = 0.0
+            for m, n, k in sorted(product(SIDES, repeat=3), key=lambda sides: sides[0] * sides[1] * sides[2]):
+                flops = 2.0 * m * n * k
+                if slow and flops / slow > LIMIT:
+                    yield dtype, layout, m, n, k, slow
+                    continue
+                a = _matrix(m, k, layout[0], kind, device)
+                b = _matrix(k, n, layout[1], kind, device)
+                out = torch.empty(m, n, dtype=kind, device=device)
+                rate = flops / best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+                slow = rate if flops > 1e8 else 0.0
+                yield dtype, layout, m, n, k, rate
+
+
+def _matrix(rows: int, columns: int, letter: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A random matrix, its columns in memory one after another if the letter is t."""
+    shape = (rows, columns) if letter == "n" else (columns, rows)
+    matrix = torch.rand(shape, device=device, dtype=torch.float32).to(dtype)
+    return matrix if letter == "n" else matrix.t()
+
+
+def _attention(device: torch.device) -> Iterator[tuple[str, str, int, int, float]]:
+    """Causal, which is half of the products; the rate counts only what is computed."""
+    for dtype, tokens, width in product(("float32", "bfloat16"), (16, 64, 256, 1024), (32, 64, 128)):
+        kind, rows = getattr(torch, dtype), max(2, 8192 // tokens)
+        # As a model hands them over: heads of one projection, side by side.
+        x = torch.rand(rows // 2 or 1, tokens, 3 * 2 * width, device=device).to(kind).requires_grad_()
+        q, k, v = x.view(*x.shape[:2], 6, width).transpose(1, 2).split(2, 1)
+        flops = 4.0 * q.shape[0] * 2 * tokens * tokens * width / 2
+
+        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        y = forward()
+        grad = torch.ones_like(y)
+
+        def backward(q: Tensor = q, k: Tensor = k, v: Tensor = v, y: Tensor = y, grad: Tensor = grad) -> Any:
+            return torch.autograd.grad(y, (q, k, v), grad, retain_graph=True)
+
+        yield dtype, "forward", tokens, width, flops / best(forward, device)
+        yield dtype, "backward", tokens, width, 2.5 * flops / best(backward, device)
+
+
+def _stream(device: torch.device) -> Iterator[tuple[str, int, float]]:
+    for size in SIZES:
+        x = torch.rand(size // 8 // 64 or 1, 64, device=device) + 0.5
+        y, out, wide = torch.rand_like(x), torch.empty_like(x), x.numel() * 4
+        ids = torch.arange(len(x), device=device)
+        for family, moved, work in _families(x, y, out, ids, wide):
+            yield family, moved, moved / best(work, device)
+
+
+def _families(
+    x: Tensor, y: Tensor, out: Tensor, ids: Tensor, size: int
+) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """(family, bytes moved, one repetition). Outputs are there already: fresh pages are counted apart."""
+    a: Any = torch.ops.aten
+    weight, bias = torch.ones(64, device=x.device), torch.zeros(64, device=x.device)
+    _, mean, scale = torch.native_layer_norm(x, [64], weight, bias, 1e-5)
+    steps = [torch.ones((), device=x.device)]
+    moments = torch.zeros_like(x), torch.zeros_like(x)
+    half = x.to(torch.bfloat16)
+    yield "elementwise", 3 * size, lambda: torch.add(x, y, out=out)
+    yield "copy", 2 * size, lambda: out.copy_(x)
+    yield "cast", size + size // 2, lambda: half.copy_(x)
+    yield "fill", size, lambda: out.zero_()
+    yield "gelu", 2 * size, lambda: a.gelu.out(x, out=out)
+    yield "gelu_backward", 3 * size, lambda: a.gelu_backward.grad_input(y, x, grad_input=out)
+    yield "exp", 2 * size, lambda: torch.exp(x, out=out)
+    yield "softmax", 2 * size, lambda: torch.softmax(x, 1, out=out)
+    yield (
+        "norm",
+        2 * size,
+        lambda: a.native_layer_norm.out(x, [64], weight, bias, 1e-5, out0=out, out1=mean, out2=scale),
+    )
+    yield (
+        "norm_backward",
+        3 * size,
+        lambda: a.native_layer_norm_backward(y, x, [64], mean, scale, weight, bias, [True, True, True]),
+    )
+    yield "gather", 2 * size, lambda: torch.index_select(x, 0, ids, out=out)
+    yield "scatter", 2 * size, lambda: a.embedding_dense_backward(x, ids, len(x), -1, False)
+    yield "reduce", size, lambda: x.sum(0)
+    yield "update", 7 * size, lambda: torch._fused_adamw_(
+        [out], [y], [moments[0]], [moments[1]], [], steps, lr=1e-9, beta1=0.9, beta2=0.99, weight_decay=0.0, eps=1.0,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def _fault() -> float:
+    """Seconds per byte of pages that a large block touches for the first time, above those of one that is there."""
+    device, size = torch.device("cpu"), 1 << 26
+    held = torch.empty(size, dtype=torch.uint8)
+    fresh = best(lambda: torch.empty(size, dtype=torch.uint8).fill_(1), device, 0.1)
+    return max(fresh - best(lambda: held.fill_(1), device, 0.1), 0.0) / size
+
+
+SMALL: Final = """
+import json, sys, time
+from scrimp.allocator import lean
+lean()
+from scrimp.machines.small import small
+print(json.dumps(small(sys.argv[1])))
+"""
+
+
+def _small_run(device: torch.device) -> tuple[float, float, int]:
+    """(seconds per operator, further seconds per step, resident bytes) of a run whose model is next to nothing."""
+    done = subprocess.run([sys.executable, "-c", SMALL, device.type], capture_output=True, text=True, check=True)
+    overhead, step, resident = json.loads(done.stdout.splitlines()[-1])
+    return float(overhead), float(step), int(resident)

@@ -1,0 +1,185 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""A plan as text for a terminal, as JSON, and as a page with a plot."""
+
+from __future__ import annotations
+
+import html
+from typing import Any, Final
+
+from scrimp.plan import Plan, StagePlan
+
+WIDTH: Final = 72
+"""Columns of the plot."""
+BARS: Final = " ▁▂▃▄▅▆▇█"
+
+
+def text(plan: Plan) -> str:
+    """The whole plan, in lines."""
+    worst = plan.worst
+    lines = [*_head(plan, worst), "", *_memory(plan, worst), "", *_plot(worst), "", *_time(plan)]
+    if len(plan.stages) > 1:
+        lines += ["", *_stages(plan)]
+    if plan.notes:
+        lines += ["", *(f"Note: {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def _head(plan: Plan, worst: StagePlan) -> list[str]:
+    machine = plan.machine
+    share = "all trained" if worst.trained == worst.parameters else f"{count(worst.trained)} trained"
+    names = ", ".join(t.name for t in plan.recipe.techniques)
+    return [
+        f"{count(worst.parameters)} parameters, {share}; {worst.tokens:,} tokens a step; with {names}",
+        f"on {machine.name} ({machine.device}, {size(machine.memory)}"
+        f"{' available' if machine.name == 'here' and machine.device == 'cpu' else ''})",
+    ]
+
+
+def _memory(plan: Plan, worst: StagePlan) -> list[str]:
+    peak = worst.peak
+    place = f"stage {worst.number}, {peak.part}" if len(plan.stages) > 1 else peak.part
+    lines = [f"Memory at its highest ({place})"]
+    lines += [f"  {kind:14}{size(held):>12}" for kind, held in peak.kinds.items()]
+    at = f"  when {peak.op.module or 'the optimizer'} runs {peak.op.name} ({peak.op.phase})" if peak.op else ""
+    lines.append(f"  {'live tensors':14}{size(peak.total):>12}{at}")
+    kind = "on the GPU" if plan.machine.device == "cuda" else "resident"
+    verdict = "fits" if plan.fits else f"does not fit: {size(plan.memory - plan.machine.memory)} too much"
+    lines.append(f"  {kind:14}{size(plan.memory):>12}  {verdict}")
+    if plan.machine.device == "cuda":
+        lines.append(f"  {'':14}{'':12}  of it {size(worst.reserved)} reserved by torch's allocator")
+    lines.append("Largest holders then")
+    lines += [f"  {size(held):>12}  {module or '(whole model)'}  {op or 'weights'}" for held, module, op in peak.held]
+    return lines
+
+
+def _plot(stage: StagePlan) -> list[str]:
+    values, parts = columns(stage, WIDTH)
+    most = max(values) or 1
+    rows: list[str] = []
+    for row in range(5, -1, -1):
+        label = size(int(most * (row + 1) / 6)) if row in (5, 2) else ""
+        cells = (BARS[round(min(max(value / most * 6 - row, 0.0), 1.0) * 8)] for value in values)
+        rows.append(f"{label:>10} │{''.join(cells)}")
+    marks = "".join(part[0] if i == 0 or part != parts[i - 1] else " " for i, part in enumerate(parts))
+    legend = ", ".join(f"{part[0]} {part}" for part in dict.fromkeys(parts))
+    return ["Live bytes over building, two steps and a validation", *rows, f"{'':>10} └{'─' * len(values)}",
+            f"{'':>12}{marks}", f"{'':>12}{legend}"]  # fmt: skip
+
+
+def columns(stage: StagePlan, count: int) -> tuple[list[int], list[str]]:
+    """(highest live bytes, part of the run) of each of so many equal spans of events."""
+    line = stage.line
+    spans = [line[len(line) * i // count : max(len(line) * (i + 1) // count, len(line) * i // count + 1)]
+             for i in range(min(count, len(line)))]  # fmt: skip
+    return [max(live for live, _ in span) for span in spans], [span[0][1] for span in spans]
+
+
+def _time(plan: Plan) -> list[str]:
+    last = plan.stages[-1]
+    flops = last.flops()
+    total = sum(flops.values())
+    rate = last.tokens / last.seconds if last.seconds else 0.0
+    lines = [
+        "Time" if len(plan.stages) == 1 else "Time (last stage)",
+        f"  a step {duration(last.seconds)}, {rate:,.0f} tokens/s; the run's {sum(s.steps for s in plan.stages):,} steps "
+        f"{duration(plan.seconds)}",
+        f"  {total / 1e12:.4g} TFLOP a step: " + ", ".join(f"{k} {v / max(total, 1):.0%}" for k, v in flops.items())
+        + f"; {size(last.moved())} moved",
+        "  " + ", ".join(f"{name.removeprefix('aten.')} {time / last.seconds:.0%}" for name, time in last.slowest[:5]),
+    ]  # fmt: skip
+    if plan.joules is not None:
+        lines.append(f"  at most {plan.joules / 3.6e6:.3g} kWh at {plan.machine.power:.0f} W")
+    return lines
+
+
+def _stages(plan: Plan) -> list[str]:
+    lines = ["Stages   steps   parameters   tokens a step        peak      a step"]
+    for s in plan.stages:
+        lines.append(f"{s.number:6} {s.steps:7,} {count(s.parameters):>12} {s.tokens:15,} {size(s.peak.total):>11} "
+                     f"{duration(s.seconds):>11}")  # fmt: skip
+    return lines
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Every figure."""
+    return {
+        "machine": plan.machine.name,
+        "memory": {
+            "live": plan.live,
+            "expected": plan.memory,
+            "available": plan.machine.memory,
+            "fits": plan.fits,
+            "kinds": plan.worst.peak.kinds,
+            "stage": plan.worst.number,
+            "part": plan.worst.peak.part,
+            "module": plan.worst.peak.op.module if plan.worst.peak.op else "",
+            "operator": plan.worst.peak.op.name if plan.worst.peak.op else "",
+        },
+        "seconds": plan.seconds,
+        "joules": plan.joules,
+        "stages": [
+            {
+                "steps": s.steps,
+                "tokens": s.tokens,
+                "parameters": s.parameters,
+                "trained": s.trained,
+                "live": s.peak.total,
+                "reserved": s.reserved,
+                "seconds": s.seconds,
+                "flops": s.flops(),
+                "moved": s.moved(),
+            }
+            for s in plan.stages
+        ],
+        "notes": plan.notes,
+    }
+
+
+def page(plan: Plan) -> str:
+    """A self-contained HTML page."""
+    plots = "".join(_svg(stage) for stage in plan.stages)
+    return (
+        '<!doctype html><meta charset="utf-8"><title>Plan</title>'
+        "<style>body{font:14px system-ui;max-width:60em;margin:2em auto}pre{font-size:13px}</style>"
+        f"<h1>Plan</h1><pre>{html.escape(text(plan))}</pre>{plots}"
+    )
+
+
+def _svg(stage: StagePlan) -> str:
+    values, parts = columns(stage, 800)
+    most = max(values) or 1
+    points = " ".join(f"{i},{200 - 190 * value / most:.1f}" for i, value in enumerate(values))
+    marks = "".join(
+        f'<line x1="{i}" x2="{i}" y1="0" y2="200" stroke="#ccc"/><text x="{i + 3}" y="212" font-size="11">{part}</text>'
+        for i, part in enumerate(parts)
+        if i == 0 or part != parts[i - 1]
+    )
+    return (
+        f"<h2>Stage {stage.number}: {size(stage.peak.total)} at the peak</h2>"
+        f'<svg viewBox="0 0 {len(values)} 220" width="100%"><title>Live bytes</title>{marks}'
+        f'<polyline points="{points}" fill="none" stroke="#06c"/></svg>'
+    )
+
+
+def size(value: float) -> str:
+    """Bytes, decimal."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value:.0f} B"
+
+
+def count(value: float) -> str:
+    """A number with a letter for thousands, millions or billions."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return str(int(value))
+
+
+def duration(value: float) -> str:
+    """Seconds in the unit that suits."""
+    for unit, scale in (("days", 86400.0), ("h", 3600.0), ("min", 120.0), ("s", 1.0)):
+        if value >= scale:
+            return f"{value / (60.0 if unit == 'min' else scale):.3g} {unit}"
+    return f"{value * 1e3:.3g} ms"
