@@ -12,8 +12,8 @@ from torch import Tensor
 from scrimp.recipe import Recipe
 from scrimp.registry import technique_class
 from scrimp.run import Run, build
-from scrimp.technique import Technique
 from scrimp.stages import new_clock
+from scrimp.technique import Technique
 
 
 class Stream:

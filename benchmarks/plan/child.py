@@ -25,7 +25,7 @@ def main(what: str, case: dict[str, Any]) -> dict[str, Any]:
 
 def planned(made: Any) -> dict[str, Any]:
     """What the plan says."""
-    from scrimp.plan import plan
+    from scrimp.planning import plan
 
     found = plan(made, "here", made.data.open())
     return {"live": found.live, "resident": found.memory, "step": found.stages[-1].seconds,

@@ -47,6 +47,7 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Continue this run, or from this checkpoint, exactly.")] = None,
     extend: Annotated[str | None, typer.Option(help="With --resume: go on for `2000 step` more.")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Start a new run from this run's weights.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start even if memory will not suffice.")] = False,
 ) -> None:
     """Train or fine-tune a recipe, or resume a run."""
     from scrimp.allocator import lean
@@ -61,7 +62,7 @@ def train(
     from scrimp.training import train as run
 
     with Progress(sys.stdout) as view:
-        result = run(loaded, resume=resume, extend=extend, start=start, observe=view)
+        result = run(loaded, resume=resume, extend=extend, start=start, observe=view, force=force)
     if result.reason == "interrupted":
         typer.echo(f"Saved. Go on with: scrimp train --resume {result.folder}")
         raise typer.Exit(130)
@@ -73,13 +74,25 @@ def plan(
     overrides: Words = None,
     machine: Annotated[str, typer.Option(help="here, or a machine by name, such as A100-80.")] = "here",
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", show_default=False)] = None,
+    fit: Annotated[str, typer.Option(help="Search what makes it fit into so much memory, such as 16GB.")] = "",
+    each: Annotated[bool, typer.Option("--each", help="Plan it with every technique of the catalogue.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Say what a run will need, before it runs: bytes, FLOPs, seconds."""
-    from scrimp import planview
-    from scrimp.plan import plan as make
+    from scrimp import fitting, planview
+    from scrimp.machines.machine import machine as find
+    from scrimp.planning import plan as make
 
-    made = make(load(recipe, overrides), machine)
+    loaded, on = load(recipe, overrides), find(machine)
+    if fit:
+        found = fitting.fit(loaded, on, fitting.size_of(fit), say=watch)
+        typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
+        return
+    made = make(loaded, on)
+    if each:
+        rows = fitting.each(loaded, on, say=watch)
+        typer.echo(json.dumps(planview.tips_json(rows), indent=1) if json_ else planview.tips(made, rows))
+        return
     if html is not None:
         html.write_text(planview.page(made), encoding="utf-8")
     typer.echo(json.dumps(planview.as_json(made), indent=1) if json_ else planview.text(made))
@@ -94,7 +107,10 @@ def probe() -> None:
     lean()
     rates = measure(lambda what: typer.echo(f"measuring {what} ..."))
     typer.echo("\n".join(f"{dtype:9} products {rate / 1e9:8,.0f} GFLOP/s" for dtype, rate in rates.flops().items()))
-    typer.echo(f"bandwidth {rates.bandwidth() / 1e9:.1f} GB/s; an operator {rates.overhead * 1e6:.1f} us")
+    typer.echo(
+        f"bandwidth {rates.bandwidth() / 1e9:.1f} GB/s; an operator {rates.overhead * 1e6:.1f} us; "
+        f"a step takes {rates.factor:.2f} of the sum of its operators"
+    )
 
 
 @app.command("list")
@@ -198,6 +214,12 @@ def load(path: Path, overrides: list[str] | None) -> Recipe:
     from scrimp.recipe import Recipe
 
     return Recipe.load(path, overrides or [])
+
+
+def watch(what: str) -> None:
+    """Show on a terminal what is planned now."""
+    if sys.stderr.isatty():
+        print(f"\r\033[Kplanning {what[:100]}", end="\r", file=sys.stderr, flush=True)
 
 
 def first_line(entry: Entry) -> str:

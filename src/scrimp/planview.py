@@ -6,7 +6,8 @@ from __future__ import annotations
 import html
 from typing import Any, Final
 
-from scrimp.plan import Plan, StagePlan
+from scrimp.fitting import HALF, Fit, Option, Remedy, Tip
+from scrimp.planning import Plan, StagePlan
 
 WIDTH: Final = 72
 """Columns of the plot."""
@@ -81,8 +82,8 @@ def _time(plan: Plan) -> list[str]:
     rate = last.tokens / last.seconds if last.seconds else 0.0
     lines = [
         "Time" if len(plan.stages) == 1 else "Time (last stage)",
-        f"  a step {duration(last.seconds)}, {rate:,.0f} tokens/s; the run's {sum(s.steps for s in plan.stages):,} steps "
-        f"{duration(plan.seconds)}",
+        f"  a step {duration(last.seconds)}, {rate:,.0f} tokens/s; "
+        f"the run's {sum(s.steps for s in plan.stages):,} steps {duration(plan.seconds)}",
         f"  {total / 1e12:.4g} TFLOP a step: " + ", ".join(f"{k} {v / max(total, 1):.0%}" for k, v in flops.items())
         + f"; {size(last.moved())} moved",
         "  " + ", ".join(f"{name.removeprefix('aten.')} {time / last.seconds:.0%}" for name, time in last.slowest[:5]),
@@ -98,6 +99,87 @@ def _stages(plan: Plan) -> list[str]:
         lines.append(f"{s.number:6} {s.steps:7,} {count(s.parameters):>12} {s.tokens:15,} {size(s.peak.total):>11} "
                      f"{duration(s.seconds):>11}")  # fmt: skip
     return lines
+
+
+def fitted(fit: Fit) -> str:
+    """What a search found, fastest first, each as the lines to add to the recipe."""
+    given, machine = fit.given, fit.given.machine
+    if given.fits:
+        return f"It fits as it is: {size(given.memory)} of {size(fit.limit)}."
+    lines = [f"As it is, it needs {size(given.memory)}: {size(given.memory - fit.limit)} more than {size(fit.limit)}."]
+    if not fit.options:
+        closest = fit.closest
+        lines += [
+            f"Nothing fits of {fit.tried} sets of remedies that were planned.",
+            f"The closest lacks {size(closest.plan.memory - fit.limit)}: "
+            f"{', '.join(map(str, closest.remedies)) or 'none'}.",
+        ]  # fmt: skip
+        return "\n".join(lines)
+    lines.append(f"What fits on {machine.name}, by predicted time (of {fit.tried} sets that were planned):")
+    for i, option in enumerate(fit.options[:8], 1):
+        lines += ["", f"{i}. {size(option.plan.memory)}, {duration(option.plan.seconds)} for the run", *_lines(option)]
+    return "\n".join(lines)
+
+
+def _lines(option: Option) -> list[str]:
+    """An option as lines of a recipe, each with the reason for it."""
+
+    def line(remedy: Remedy, indent: str) -> str:
+        saved = option.saved.get(str(remedy))
+        much = f"{size(saved)} less: " if saved is not None else ""
+        return f"{f'     {indent}{remedy}':40}  # {much}{remedy.why}"
+
+    techniques = [remedy for remedy in option.remedies if remedy.name != HALF]
+    lines = [line(remedy, "") for remedy in option.remedies if remedy.name == HALF]
+    return lines + (["     techniques:"] if techniques else []) + [line(remedy, "  ") for remedy in techniques]
+
+
+def tips(given: Plan, found: list[Tip]) -> str:
+    """The catalogue against a recipe, one row a technique."""
+    rows = [f"{'technique':18}{'memory':>12}{'':>9}{'the run':>12}", f"{'(as it is)':18}{size(given.memory):>12}{'':>9}"
+            f"{duration(given.seconds):>12}"]  # fmt: skip
+    for tip in found:
+        if tip.plan is None:
+            rows.append(f"{tip.name:18}  does not apply: {tip.reason}")
+            continue
+        less, faster = tip.plan.memory / given.memory - 1, tip.plan.seconds / max(given.seconds, 1e-9) - 1
+        words = "; ".join(part for part in (tip.reason, f"claim: {tip.claim}" if tip.claim else "") if part)
+        rows.append(f"{tip.name:18}{size(tip.plan.memory):>12} {less:+7.1%} {duration(tip.plan.seconds):>12} "
+                    f"{faster:+7.1%}  {words}".rstrip())  # fmt: skip
+    return "\n".join(rows)
+
+
+def fit_json(fit: Fit) -> dict[str, Any]:
+    """What a search found."""
+    return {
+        "limit": fit.limit,
+        "needs": fit.given.memory,
+        "fits": fit.given.fits,
+        "tried": fit.tried,
+        "options": [
+            {
+                "remedies": {r.name: "bfloat16" if r.name == HALF else dict(r.settings) for r in option.remedies},
+                "memory": option.plan.memory,
+                "seconds": option.plan.seconds,
+            }
+            for option in fit.options
+        ],
+        "closest": {"remedies": [str(r) for r in fit.closest.remedies], "memory": fit.closest.plan.memory},
+    }
+
+
+def tips_json(found: list[Tip]) -> list[dict[str, Any]]:
+    """The catalogue against a recipe."""
+    return [
+        {
+            "technique": tip.name,
+            "memory": tip.plan.memory if tip.plan else None,
+            "seconds": tip.plan.seconds if tip.plan else None,
+            "reason": tip.reason,
+            "claim": tip.claim,
+        }
+        for tip in found
+    ]
 
 
 def as_json(plan: Plan) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class Card:
     """Devices on which it computes the right numbers but saves nothing."""
     example: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Settings for the contract and pair tests."""
+    remedies: tuple[Mapping[str, Any], ...] = ()
+    """Settings to propose when memory does not suffice, the mildest first."""
     neutral: Mapping[str, Any] | None = None
     """Settings with which it must equal the baseline bitwise; None where there are none."""
 
@@ -188,7 +190,7 @@ class Technique:
         return named
 
     def price(self, cost: dict[str, float], run: Run) -> dict[str, float]:
-        """What a dry run cannot see."""
+        """What a dry run cannot see: further `seconds` a step and `bytes`, and whether operators are `fused`."""
         return cost
 
     def settings(self) -> dict[str, Any]:

@@ -206,6 +206,10 @@ def described(func: Any, args: Any, kwargs: Any, out: Any, module: str, phase: s
     outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
     free = func.is_view or name in FREE
     read, written = (0, 0) if free else (moved(inputs), moved(outputs))
+    if name in GATHERS:
+        read = min(read, written)
+    elif name in SCATTERS:
+        read = written = moved(inputs[-1:])
     packet = getattr(torch.ops.aten, name.removeprefix("aten."), func.overloadpacket)
     largest = max(inputs + outputs, key=lambda t: t.numel(), default=None)
     op = Op(name, module, phase, 0.0, read, written, 0, tuple(largest.shape) if largest is not None else (), "",
@@ -226,6 +230,11 @@ FREE: Final = frozenset({
     "aten.new_empty_strided", "aten.empty_permuted", "aten._unsafe_view", "aten.lift_fresh", "aten._local_scalar_dense",
 })  # fmt: skip
 """Operators that move no bytes though they are no views."""
+GATHERS: Final = frozenset({"aten.embedding", "aten.index_select", "aten.gather", "aten.nll_loss_forward",
+                            "aten.nll_loss_backward"})  # fmt: skip
+"""Operators that read no more of their inputs than they write."""
+SCATTERS: Final = frozenset({"aten.scatter_add", "aten.scatter", "aten.index_add", "aten.index_put"})
+"""Operators that touch no more of their output than their last input has."""
 PRODUCTS: Final = frozenset({"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"})
 
 

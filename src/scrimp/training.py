@@ -7,6 +7,7 @@ import gc
 import math
 import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from scrimp.models.generate import generate
 from scrimp.products import fast_products
 from scrimp.restore import fingerprint, same_data, starting_weights
 from scrimp.restore import whole as restored
+from scrimp.room import check_room, explained, out_of_memory
 from scrimp.run import Run, build
 from scrimp.stages import new_clock, stage_end
 
@@ -76,6 +78,7 @@ def train(
     observe: Observe = lambda event, fields: None,
     save: bool = True,
     data: Any = None,
+    force: bool = False,
 ) -> Result:
     """Train a recipe, or continue a run.
 
@@ -87,6 +90,7 @@ def train(
         observe: is told of every step.
         save: whether to write a run folder.
         data: an opened data set to use instead of opening the recipe's.
+        force: start even when the plan says that memory will not suffice.
     Raises:
         UserError: for what a user can mend; a checkpoint is never lost by it.
     """
@@ -109,6 +113,8 @@ def train(
         assert recipe is not None
         data = recipe.data.open() if data is None else data
         clock = new_clock(recipe, data)
+    if not force:
+        check_room(recipe, data)
     source = None if states else starting_weights(recipe, data, session.start)
     if session.folder is None and save:
         session.folder = RunFolder.create(recipe)
@@ -118,6 +124,14 @@ def train(
     try:
         with fast_products():
             return _stages(recipe, data, clock, session, states, source, decisions)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        # The frames hold the run; without them its memory is free for the plans that follow.
+        traceback.clear_frames(error.__traceback__)
+        states.clear()
+        gc.collect()
+        raise explained(recipe, data) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The sizes of a corpus that is not built yet, for a plan: tokenizing ten gigabytes to say what a run needs is no plan."""
+"""The sizes of a corpus that is not built yet, for a plan: it must not tokenize ten gigabytes to count them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""Machines by name. Figures are the makers' own, for dense matrices; `here` is this machine, as `scrimp probe` found it.
+"""Machines by name. Figures are the makers', for dense matrices; `here` is this machine, as `scrimp probe` found it.
 
 What a data sheet promises is not what a training step gets. `PRODUCTS` and `STREAM` are the shares that are assumed of
 a machine nobody probed; they are guesses, and a plan says so.
@@ -7,14 +7,12 @@ a machine nobody probed; they are guesses, and a plan says so.
 
 from __future__ import annotations
 
-import os
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from scrimp.errors import UserError, did_you_mean
+from scrimp.limits import available
 from scrimp.machines.rates import Rates
 
 PRODUCTS: Final = 0.7
@@ -108,14 +106,22 @@ def here() -> Machine:
     """This machine: its GPU if it has one, else its CPU, with what `scrimp probe` measured if it was run."""
     import torch
 
+    return free_here("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def free_here(device: str) -> Machine:
+    """A device of this machine, with the memory that is free on it."""
+    import torch
+
     from scrimp.machines.probe import remembered
 
     rates = remembered()
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        like = next((m for m in KNOWN.values() if m.name.split("-")[0].replace("RTX", "RTX ") in properties.name), None)
-        flops = dict(rates.flops()) if rates is not None else dict(like.flops) if like is not None else {"float32": T}
-        return Machine(name="here", device="cuda", memory=properties.total_memory, flops=flops,
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+        like = next((m for m in KNOWN.values() if m.name.split("-")[0].replace("RTX", "RTX ") in name), None)
+        flops = dict(like.flops) if like is not None else {"float32": T}
+        return Machine(name="here", device="cuda", memory=torch.cuda.mem_get_info()[0],
+                       flops=rates.flops() if rates is not None else flops,
                        bandwidth=rates.bandwidth() if rates is not None else like.bandwidth if like else 3e11,
                        power=like.power if like is not None else None, rates=rates)  # fmt: skip
     if rates is not None:
@@ -128,66 +134,3 @@ def here() -> Machine:
         rate = gemm_rate(torch.device("cpu"), seconds=0.1)
     flops = {"float32": rate, "float64": rate / 2}
     return Machine(name="here", device="cpu", memory=available(), flops=flops, bandwidth=1.2e10, overhead=1e-5)
-
-
-def available() -> int:
-    """Bytes that a process on this machine's CPU may hold: the least of free memory, cgroup and ulimit."""
-    limits = [memory_free(), *cgroup_limits(), *address_limits()]
-    return min(limit for limit in limits if limit > 0)
-
-
-def memory_free() -> int:
-    """Bytes that the system could give."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def cgroup_limits() -> list[int]:
-    """What the cgroups of this process still allow, from its own up to the root."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found: list[int] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        folder = root / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if place == root.parent:
-                break
-            found += _left(place, *names)
-    return found
-
-
-def _left(folder: Path, limit: str, usage: str) -> list[int]:
-    try:
-        most = (folder / limit).read_text().strip()
-        used = int((folder / usage).read_text())
-        cache = next((int(line.split()[1]) for line in (folder / "memory.stat").read_text().splitlines()
-                      if line.split()[0] in ("file", "total_cache")), 0)  # fmt: skip
-    except (OSError, ValueError):
-        return []
-    return [] if most == "max" or int(most) >= 1 << 60 else [int(most) - max(used - cache, 0)]
-
-
-def address_limits() -> list[int]:
-    """What ulimit -v and -d still allow."""
-    found: list[int] = []
-    for kind, field_ in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
-        soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
-            try:
-                used = int(Path("/proc/self/statm").read_text().split()[field_]) * os.sysconf("SC_PAGE_SIZE")
-            except OSError:
-                used = 0
-            found.append(max(soft - used, 1))
-    return found

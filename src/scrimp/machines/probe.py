@@ -13,8 +13,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -56,10 +58,11 @@ def probe(say: Say = lambda text: None) -> Rates:
             attention = list(_attention(device))
         say("memory-bound operators")
         stream = list(_stream(device))
-        fault = _fault() if device.type == "cpu" else 0.0
-    say("a small run")
-    overhead, step, resident = _small_run(device)
-    rates = Rates(machine(), products, attention, stream, fault, overhead, step, resident)
+        fresh = list(_fresh()) if device.type == "cpu" else []
+    say("small runs")
+    runs = _small_runs(device)
+    rates = Rates(machine(), products, attention, stream, fresh, runs["overhead"], runs["step"], int(runs["resident"]))
+    rates = _calibrated(rates, device, runs["usual"])
     _place().write_text(rates.text(), encoding="utf-8")
     return rates
 
@@ -151,20 +154,21 @@ def _attention(device: torch.device) -> Iterator[tuple[str, str, int, int, float
 
 def _stream(device: torch.device) -> Iterator[tuple[str, int, float]]:
     for size in SIZES:
-        x = torch.rand(size // 8 // 64 or 1, 64, device=device) + 0.5
-        y, out, wide = torch.rand_like(x), torch.empty_like(x), x.numel() * 4
-        ids = torch.arange(len(x), device=device)
-        for family, moved, work in _families(x, y, out, ids, wide):
+        width = min(512, size // 16)
+        x = torch.rand(size // 4 // width, width, device=device) + 0.5
+        y, out, ids = torch.rand_like(x), torch.empty_like(x), torch.arange(len(x), device=device)
+        for family, moved, work in _families(x, y, out, ids):
             yield family, moved, moved / best(work, device)
 
 
-def _families(
-    x: Tensor, y: Tensor, out: Tensor, ids: Tensor, size: int
-) -> Iterator[tuple[str, int, Callable[[], Any]]]:
-    """(family, bytes moved, one repetition). Outputs are there already: fresh pages are counted apart."""
+def _families(x: Tensor, y: Tensor, out: Tensor, ids: Tensor) -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """(family, bytes moved, one repetition). Outputs are there already, as fresh pages are counted apart; the norms and
+    scatter make their own.
+    """  # fmt: skip
     a: Any = torch.ops.aten
-    weight, bias = torch.ones(64, device=x.device), torch.zeros(64, device=x.device)
-    _, mean, scale = torch.native_layer_norm(x, [64], weight, bias, 1e-5)
+    size, width = x.numel() * 4, [x.shape[1]]
+    weight, bias = torch.ones(width, device=x.device), torch.zeros(width, device=x.device)
+    _, mean, scale = torch.native_layer_norm(x, width, weight, bias, 1e-5)
     steps = [torch.ones((), device=x.device)]
     moments = torch.zeros_like(x), torch.zeros_like(x)
     half = x.to(torch.bfloat16)
@@ -176,15 +180,11 @@ def _families(
     yield "gelu_backward", 3 * size, lambda: a.gelu_backward.grad_input(y, x, grad_input=out)
     yield "exp", 2 * size, lambda: torch.exp(x, out=out)
     yield "softmax", 2 * size, lambda: torch.softmax(x, 1, out=out)
-    yield (
-        "norm",
-        2 * size,
-        lambda: a.native_layer_norm.out(x, [64], weight, bias, 1e-5, out0=out, out1=mean, out2=scale),
-    )
+    yield "norm", 2 * size, lambda: torch.native_layer_norm(x, width, weight, bias, 1e-5)
     yield (
         "norm_backward",
         3 * size,
-        lambda: a.native_layer_norm_backward(y, x, [64], mean, scale, weight, bias, [True, True, True]),
+        lambda: a.native_layer_norm_backward(y, x, width, mean, scale, weight, bias, [True, True, True]),
     )
     yield "gather", 2 * size, lambda: torch.index_select(x, 0, ids, out=out)
     yield "scatter", 2 * size, lambda: a.embedding_dense_backward(x, ids, len(x), -1, False)
@@ -195,12 +195,14 @@ def _families(
     )  # fmt: skip
 
 
-def _fault() -> float:
-    """Seconds per byte of pages that a large block touches for the first time, above those of one that is there."""
-    device, size = torch.device("cpu"), 1 << 26
-    held = torch.empty(size, dtype=torch.uint8)
-    fresh = best(lambda: torch.empty(size, dtype=torch.uint8).fill_(1), device, 0.1)
-    return max(fresh - best(lambda: held.fill_(1), device, 0.1), 0.0) / size
+def _fresh() -> Iterator[tuple[int, float]]:
+    """(size of a block, bytes/s at which its pages are touched for the first time, above touching them again)."""
+    device = torch.device("cpu")
+    for size in (1 << 20, 1 << 21, 1 << 22, 1 << 24, 1 << 26, 1 << 28):
+        held = torch.empty(size, dtype=torch.uint8)
+        again = best(lambda held=held: held.fill_(1), device, 0.02)
+        first = best(lambda size=size: torch.empty(size, dtype=torch.uint8).fill_(1), device, 0.05)
+        yield size, size / max(first - again, 1e-9)
 
 
 SMALL: Final = """
@@ -212,8 +214,20 @@ print(json.dumps(small(sys.argv[1])))
 """
 
 
-def _small_run(device: torch.device) -> tuple[float, float, int]:
-    """(seconds per operator, further seconds per step, resident bytes) of a run whose model is next to nothing."""
+def _small_runs(device: torch.device) -> dict[str, float]:
+    """What `small` finds, in a process of its own, as training runs in."""
     done = subprocess.run([sys.executable, "-c", SMALL, device.type], capture_output=True, text=True, check=True)
-    overhead, step, resident = json.loads(done.stdout.splitlines()[-1])
-    return float(overhead), float(step), int(resident)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _calibrated(rates: Rates, device: torch.device, measured: float) -> Rates:
+    """With the factor by which steps of the usual run took longer than the sum of their operators."""
+    from scrimp.machines.machine import Machine
+    from scrimp.machines.small import USUAL, recipe_of
+    from scrimp.planning import plan
+
+    bare = Machine(name="here", device=device.type, memory=1 << 62, flops=rates.flops(), bandwidth=rates.bandwidth(),
+                   overhead=rates.overhead, rates=rates)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        planned = plan(recipe_of(USUAL, 256, 8, 6, device.type, folder), bare).stages[0].seconds
+    return replace(rates, factor=measured / planned)

@@ -4,7 +4,7 @@
     product:     seconds = FLOPs / rate(m, n, k, layout, dtype)
     attention:   seconds = FLOPs / rate(T, D, direction, dtype)
     all others:  seconds = bytes moved / rate(family, bytes)
-    and for each: + bytes of fresh large blocks * fault + overhead
+    and for each: + bytes of fresh large blocks / rate(size) + overhead
 
 Rates are interpolated between the points of the probe, in logarithms; outside of them the nearest point counts.
 """
@@ -33,6 +33,7 @@ FAMILIES: Final[dict[str, str]] = {
     "aten._fused_rms_norm": "norm", "aten._fused_rms_norm_backward": "norm_backward",
     "aten.embedding": "gather", "aten.index_select": "gather", "aten.gather": "gather",
     "aten.embedding_dense_backward": "scatter", "aten.scatter_add": "scatter", "aten.index_put": "scatter",
+    "aten.nll_loss_forward": "gather", "aten.nll_loss_backward": "fill",
     "aten.sum": "reduce", "aten.mean": "reduce", "aten.amax": "reduce", "aten.linalg_vector_norm": "reduce",
     "aten._foreach_norm": "reduce", "aten.cat": "copy", "aten.clone": "copy", "aten.copy": "copy",
     "aten._to_copy": "cast", "aten.pow": "exp", "aten._fused_adamw": "update", "aten._fused_adam": "update",
@@ -40,6 +41,8 @@ FAMILIES: Final[dict[str, str]] = {
     "aten.new_zeros": "fill", "aten.full": "fill", "aten.new_full": "fill", "aten._foreach_zero": "fill",
 }  # fmt: skip
 """Which measured family an operator belongs to; all others are elementwise."""
+OWN: Final = frozenset({"norm", "norm_backward", "scatter"})
+"""Families that were measured with fresh outputs; attention was too."""
 LARGE: Final = 1 << 20
 """Bytes from which the C library asks the system for a block, whose pages are then fresh."""
 
@@ -56,14 +59,16 @@ class Rates:
     """(dtype, forward or backward, T, D, FLOP/s)."""
     stream: list[tuple[str, int, float]]
     """(family, bytes moved, bytes/s)."""
-    fault: float
-    """Seconds per byte of fresh pages."""
+    fresh: list[tuple[int, float]]
+    """(bytes of a block, bytes/s at which its pages are touched for the first time)."""
     overhead: float
     """Seconds per operator."""
     step: float
     """Seconds a step takes besides: its batch, its record."""
     resident: int
     """Bytes that a process holds before it has a model."""
+    factor: float = 1.0
+    """By how much a step takes longer than its operators one by one."""
 
     @classmethod
     def read(cls, path: Path) -> Rates | None:
@@ -96,8 +101,9 @@ class Rates:
     def seconds(self, op: Op) -> float:
         """How long an operator takes."""
         time = self.overhead
-        if op.fresh >= LARGE:
-            time += op.fresh * self.fault
+        family = FAMILIES.get(op.name, "elementwise")
+        if op.fresh >= LARGE and self.fresh and family not in OWN and "attention" not in op.name:
+            time += op.fresh / interpolated({(size,): rate for size, rate in self.fresh}, (op.fresh,))
         dtype = str(op.dtype).removeprefix("torch.")
         if op.flops and "attention" in op.name:
             return time + op.flops / self._attention(op, dtype)
@@ -106,7 +112,7 @@ class Rates:
         moved = op.read + op.written
         if not moved:
             return time
-        return time + moved / self._stream(FAMILIES.get(op.name, "elementwise"), moved)
+        return time + moved / self._stream(family, moved)
 
     def _product(self, op: Op, dtype: str) -> float:
         batch, m, n, k = op.shape

@@ -32,7 +32,7 @@ def seconds(ops: Sequence[Op], machine: Machine, fused: bool = False) -> tuple[f
         spent[op.name] += known[key]  # pyright: ignore[reportArgumentType]
     total = float(sum(spent.values()))
     if machine.device == "cpu":
-        total += rates.step if rates is not None else 0.001
+        total = total * rates.factor + rates.step if rates is not None else total + 0.001
     else:
         total = max(total, len(ops) * machine.overhead)
     return total, [(name, float(time)) for name, time in spent.most_common(8)]

@@ -69,6 +69,10 @@ class Compile(Technique):
             wrap_forward(part, lambda forward: self._compiled(forward, inductor))
         return model
 
+    def price(self, cost: dict[str, float], run: Run) -> dict[str, float]:
+        """Neighboring memory-bound operators become one, where the backend is a compiler."""
+        return cost | {"fused": float(self.backend == "inductor")}
+
     def _compiled(self, forward: Callable[..., object], inductor: bool) -> Callable[..., object]:
         compiled = torch.compile(forward, mode=self.mode if inductor else None, backend=self.backend)
 

@@ -56,6 +56,7 @@ class FusedLoss(Technique):
         needs=("head_loss",),
         phase={"model": "seams"},
         example={"chunk": 8},
+        remedies=({},),
     )
     chunk: int = 512
     """Rows (tokens) whose logits exist at once."""

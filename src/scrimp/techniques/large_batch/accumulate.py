@@ -37,6 +37,7 @@ class Accumulate(Technique):
         costs="time, when parts are small",
         phase={"backward": "accumulated"},
         example={"parts": 2},
+        remedies=({"parts": 2}, {"parts": 4}, {"parts": 16}),
         neutral={"parts": 1},
     )
     parts: int = 2

@@ -48,6 +48,7 @@ class Autocast(Technique):
         sets=("compute precision",),
         phase={"wrap": "precision", "loss": "scaled", "backward": "unscaled", "step": "unscaled"},
         example={"dtype": "bfloat16"},
+        remedies=({},),
     )
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     """Of products. float16 scales the loss."""

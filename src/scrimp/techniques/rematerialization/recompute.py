@@ -57,6 +57,7 @@ class Recompute(Technique):
         phase={"wrap": "recompute"},
         sets=("recomputation",),
         example={"mode": "block"},
+        remedies=({"mode": "selective"}, {"mode": "block"}),
     )
     mode: Literal["block", "selective"] = "block"
     """block: keep inputs of blocks. selective: keep what `save` says."""

@@ -42,6 +42,7 @@ class LoRA(Technique):
         trains=("*.lora.*",),
         phase={"model": "seams", "export": "merged"},
         example={"rank": 2, "targets": "attention.qkv|mlp.up"},
+        remedies=({"rank": 8},),
     )
     rank: int = 8
     """r."""

@@ -2,7 +2,7 @@
 """What a run will need, before it runs: the recipe itself, built and stepped on fake tensors, which have shapes only.
 
 Every stage is built as training builds it, takes two steps (the second one has the optimizer's states from the first),
-one validation, and hands its named tensors to the next. A `Trace` counts what lives; a `Machine` says how long it takes.
+one validation, and hands its named tensors to the next. A `Trace` counts what lives; a `Machine` knows what it takes.
 No technique is known here: one whose cost a dry run cannot see says so in `price`.
 """
 
