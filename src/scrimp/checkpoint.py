@@ -100,6 +100,16 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
     return state, meta
 
 
+def identity(folder: Path) -> str:
+    """A hash of a snapshot's state.json, which holds the checksums of all its files."""
+    if not folder.exists() and _aside(folder).exists():
+        folder = _aside(folder)
+    try:
+        return digest(folder / "state.json")
+    except FileNotFoundError:
+        raise _damaged(folder, "state.json", "is missing") from None
+
+
 def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         head, _, text = (folder / "state.json").read_text(encoding="utf-8").partition("\n")

@@ -62,19 +62,28 @@ class RunFolder:
         Raises:
             UserError: if there is no run or no checkpoint, or the newest one is damaged.
         """
-        place = Path(place)
-        if place.resolve().parent.name == "checkpoints":
-            chosen, path = place, place.resolve().parent.parent
-        else:
-            path, found = place, checkpoint.snapshots(place / "checkpoints")
-            if not (path / "recipe.yaml").is_file():
-                raise UserError("is not a run's folder: it has no recipe.yaml.", str(place))
-            if not found:
-                raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")
-            chosen = found[-1]
+        chosen = cls.newest(place)
+        path = chosen.parent.parent
         recipe = Recipe.load(path / "recipe.yaml")
         state, meta = checkpoint.load(chosen)
         return cls(path), recipe, state, meta
+
+    @staticmethod
+    def newest(place: str | Path) -> Path:
+        """The newest checkpoint of a run's folder; a checkpoint is its own.
+
+        Raises:
+            UserError: if there is no run or no checkpoint.
+        """
+        place = Path(place)
+        if place.resolve().parent.name == "checkpoints":
+            return place.resolve()
+        if not (place / "recipe.yaml").is_file():
+            raise UserError("is not a run's folder: it has no recipe.yaml.", str(place))
+        found = checkpoint.snapshots(place / "checkpoints")
+        if not found:
+            raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")
+        return found[-1]
 
     def open(self, step: int, recipe: Recipe) -> None:
         """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off."""

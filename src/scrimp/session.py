@@ -40,11 +40,13 @@ class Session:
     latest: dict[str, float] = field(default_factory=dict[str, float])
     start: str | None = None
     """The run whose weights this one began with."""
+    base: str = ""
+    """What identifies the weights that checkpoints leave out."""
 
     def restore(self, meta: dict[str, Any]) -> None:
         """What a checkpoint remembers."""
         self.best, self.worse = meta["best"] if meta["best"] is not None else math.inf, meta["worse"]
-        self.latest, self.start = meta["validation"], meta["from"]
+        self.latest, self.start, self.base = meta["validation"], meta["from"], meta["base"]
 
 
 def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
@@ -70,6 +72,7 @@ def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) ->
     meta = {
         "partial": partial,
         "from": session.start,
+        "base": session.base,
         "data": fingerprint(run.data),
         "clock": run.clock.state(),
         "decisions": run.decisions,

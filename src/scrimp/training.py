@@ -15,7 +15,7 @@ from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.products import fast_products
-from scrimp.restore import same_data, starting_weights
+from scrimp.restore import base_of, same_data, starting_weights
 from scrimp.restore import whole as restored
 from scrimp.run import Run, build
 from scrimp.session import (
@@ -90,6 +90,7 @@ def train(
         assert recipe is not None
         data = recipe.data.open() if data is None else data
         clock = new_clock(recipe, data)
+        session.base = base_of(recipe, session.start)
     source = None if states else starting_weights(recipe, data, session.start)
     if session.folder is None and save:
         session.folder = RunFolder.create(recipe)

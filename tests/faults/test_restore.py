@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
+from scrimp.inference import continue_text, evaluate, export
 from scrimp.models import hub
 from scrimp.recipe import Recipe
 from scrimp.training import train
@@ -56,6 +58,47 @@ def test_adapter_only_runs_resume_and_export(tmp_path: Path, grows: bool) -> Non
         shutil.copytree(whole.folder, copy)
         again = train(resume=copy / f"checkpoints/step-{cut:09d}")
         assert_equal(flat(whole.run.state()), flat(again.run.state()))
+
+
+def on_a_folder(tmp_path: Path) -> Recipe:
+    """Adapters on a folder of weights, and the folder."""
+    base = train(made(tmp_path, "base", sample={"tokens": 0}))
+    assert base.folder is not None
+    export(base.folder, tmp_path / "hf")
+    model = {"from": str(tmp_path / "hf")}
+    return made(tmp_path, "tuned", example("lora"), model=model, checkpoint={"adapter_only": True, "every": "4 step"})
+
+
+@pytest.mark.parametrize("verb", ["resume", "evaluate", "generate", "export"])
+def test_adapters_are_refused_on_weights_that_changed(tmp_path: Path, verb: str) -> None:
+    train(on_a_folder(tmp_path))
+    run = tmp_path / "tuned"
+    verbs: dict[str, Callable[[], Any]] = {
+        "resume": lambda: train(resume=run, extend="2 step"),
+        "evaluate": lambda: evaluate(run, 1),
+        "generate": lambda: continue_text(run, "a", 2, 0.0, 0),
+        "export": lambda: export(run, tmp_path / "merged"),
+    }
+    weights = tmp_path / "hf/model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(UserError, match=r"hf: the frozen weights are not those that the run was trained on"):
+        verbs[verb]()
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    verbs[verb]()
+    weights.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"hf: the frozen weights that the run was trained on are gone"):
+        verbs[verb]()
+
+
+def test_adapters_on_a_run_that_went_on_are_refused(tmp_path: Path) -> None:
+    base = train(made(tmp_path, "base"))
+    train(made(tmp_path, "tuned", example("lora"), checkpoint={"adapter_only": True}), start=base.folder)
+    train(resume=base.folder, extend="2 step")
+    with pytest.raises(UserError, match=r"base: the frozen weights are not those that the run was trained on"):
+        train(resume=tmp_path / "tuned", extend="2 step")
 
 
 def test_adapter_only_without_a_base_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -145,8 +188,6 @@ def test_an_adapter_on_a_tied_head_is_refused_and_on_an_untied_one_merges() -> N
 
 
 def test_a_run_starts_from_a_folder_and_leaves_as_one(tmp_path: Path) -> None:
-    from scrimp.inference import export
-
     first = train(made(tmp_path, "a", sample={"tokens": 0}))
     assert first.folder is not None
     export(first.folder, tmp_path / "hf")
