@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scrimp.data.tokenizer import begin_texts
 from scrimp.errors import UserError, did_you_mean
 from scrimp.models.hub_config import family_of, options_from, options_to
 from scrimp.models.hub_names import FAMILIES, tensors
@@ -227,8 +228,10 @@ def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[st
         return ids
     ids |= {"bos_token_id": end, "eos_token_id": end}
     _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
-    path = folder / "tokenizer_config.json"
-    if (folder / "tokenizer.json").is_file() and not path.exists():
+    file, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if file.is_file():
+        begin_texts(file, end)
+    if file.is_file() and not path.exists():
         # Without a class, transformers takes the family's own and with it another way of splitting text.
         token = tokenizer.decode([end])
         inputs = ["input_ids", "attention_mask"]
