@@ -1,4 +1,4 @@
-"""A run's folder: recipe.yaml, environment.json, metrics.jsonl, TensorBoard events, checkpoints."""
+"""A run's folder: recipe.yaml, tokenizer.json, environment.json, metrics.jsonl, TensorBoard events, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -37,8 +37,12 @@ class RunFolder:
     step: int = 0
 
     @classmethod
-    def create(cls, recipe: Recipe) -> RunFolder:
-        """A new folder under `recipe.out`, numbered when the name is taken."""
+    def create(cls, recipe: Recipe, tokenizer: Any = None) -> RunFolder:
+        """A new folder under `recipe.out`, numbered when the name is taken.
+
+        Args:
+            tokenizer: of the data; kept in the folder if it can be saved, so that text is generated without the corpus.
+        """
         name = recipe.name or "-".join(["run", *(t.name for t in recipe.techniques if "update rule" in t.card.sets)])
         root = Path(recipe.out)
         for i in range(1, 100_000):
@@ -51,7 +55,10 @@ class RunFolder:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise UserError(f"cannot make the run's folder: {reason}.", str(path), "Set `out`.") from None
             folder = cls(path)
-            folder.write_text("recipe.yaml", recipe.yaml())
+            if hasattr(tokenizer, "save"):
+                with _writing(path / "tokenizer.json"):
+                    tokenizer.save(path)
+            folder.write_text("recipe.yaml", anchored(recipe).yaml())
             return folder
         raise UserError("there are too many runs of that name.", str(root), "Set `name`.")
 
@@ -142,6 +149,17 @@ class RunFolder:
                     log.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that its run is resumed and used from any working directory."""
+    data, model = recipe.data, recipe.model
+    source = getattr(model, "source", "")
+    if hasattr(data, "anchored"):
+        data = data.anchored()
+    if source and Path(source).exists():
+        model = replace(model, source=str(Path(source).absolute()))
+    return replace(recipe, data=data, model=model)
 
 
 @contextmanager

@@ -83,6 +83,29 @@ def _same_base(recipe: Recipe, meta: dict[str, Any]) -> None:
         raise UserError(what, where, "Bring them back as they were, or train adapters on the new ones in a new run.")
 
 
+def reopened(recipe: Recipe, meta: dict[str, Any]) -> Any:
+    """The data that a run was trained on.
+
+    Raises:
+        UserError: if it is gone, or changed since.
+    """
+    found = getattr(recipe.data, "found", None)
+    if found is not None and not found():
+        fix = "Bring it back; `scrimp generate` and `scrimp export` do without it."
+        raise UserError(f"the corpus at {recipe.data.source} is gone.", "data.source", fix)
+    data = recipe.data.open()
+    same_data(data, meta)
+    return data
+
+
+def used(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Any:
+    """What using a run's model needs of its data: the tokenizer that its folder keeps, or else the data itself."""
+    outline = getattr(recipe.data, "used", None)
+    if outline is None or not (folder / "tokenizer.json").is_file():
+        return reopened(recipe, meta)
+    return outline(folder, meta["data"].get("tokens", {}))
+
+
 def same_data(data: Any, meta: dict[str, Any]) -> None:
     """Check that a checkpoint's data is the data at hand.
 

@@ -15,7 +15,7 @@ from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.products import fast_products
-from scrimp.restore import base_of, same_data, starting_weights
+from scrimp.restore import base_of, reopened, same_data, starting_weights
 from scrimp.restore import whole as restored
 from scrimp.run import Run, build
 from scrimp.session import (
@@ -72,12 +72,12 @@ def train(
         UserError: for what a user can mend; a checkpoint is never lost by it.
     """
     _check_arguments(recipe, resume, extend, start)
-    session = Session(None, observe, start=str(start) if start is not None else None)
+    session = Session(None, observe, start=str(Path(start).absolute()) if start is not None else None)
     decisions: dict[str, Any] = {}
     states: list[State] = []
     if resume is not None:
         session.folder, recipe, state, meta = RunFolder.reopen(resume)
-        data = recipe.data.open() if data is None else data
+        data = reopened(recipe, meta) if data is None else data
         same_data(data, meta)
         states.append(restored(recipe, data, state, meta))
         clock, decisions = Clock(**meta["clock"]), meta["decisions"]
@@ -93,7 +93,7 @@ def train(
         session.base = base_of(recipe, session.start)
     source = None if states else starting_weights(recipe, data, session.start)
     if session.folder is None and save:
-        session.folder = RunFolder.create(recipe)
+        session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None))
     if session.folder is not None:
         session.folder.open(clock.step, recipe)
     handlers = _catch_interrupts(session)

@@ -55,7 +55,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, which `PreTrainedTokenizerFast` and `tokenizers` load."""
-        self.inner.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.inner.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path, end: str = "") -> Tokenizer:
