@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -196,6 +197,19 @@ def test_a_run_starts_from_a_folder_and_leaves_as_one(tmp_path: Path) -> None:
     config = hub.read_config(tmp_path / "hf")
     assert config["width"] == 32
     assert second.validation["loss"] == pytest.approx(first.validation["loss"], abs=0.2)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        train(made(tmp_path, "a", example("adamw"), sample={"tokens": 0}))
+        export(tmp_path / "a", tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [p for folder in ("a", "hf") for p in (tmp_path / folder).rglob("*") if p.is_file()]
+    assert sum(p.suffix == ".safetensors" for p in files) >= 3
+    assert {(p.name, p.stat().st_mode & 0o777) for p in files} == {(p.name, 0o666 & ~mask) for p in files}
 
 
 def test_overrides_that_hit_nothing_are_told() -> None:
