@@ -19,6 +19,7 @@ import torch
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
+from scrimp.lock import lock
 from scrimp.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class RunFolder:
     """Where a run writes. Nothing in it is needed to compute; everything in it is needed to resume or to report."""
 
     path: Path
+    held: TextIO | None = None
+    """The file whose lock keeps other writers out."""
     metrics: TextIO | None = None
     board: Any = None
     wandb: Any = None
@@ -92,8 +95,23 @@ class RunFolder:
             raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")
         return found[-1]
 
+    def lock(self) -> None:
+        """Become the run's only writer until `close`. Readers need no lock: what they read appears whole.
+
+        Raises:
+            UserError: if another process writes into it.
+        """
+        if self.held is None:
+            with _writing(self.path / "lock"):
+                self.held = lock(self.path)
+
     def open(self, step: int, recipe: Recipe) -> None:
-        """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off."""
+        """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off.
+
+        Raises:
+            UserError: if another process writes into it, or the disk is full.
+        """
+        self.lock()
         for snapshot in checkpoint.snapshots(self.path / "checkpoints"):
             if snapshot.name > f"step-{step:09d}":
                 checkpoint.remove(snapshot)
@@ -143,7 +161,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Close what is open. All that matters was flushed, so that a full disk is no error any more."""
-        for log in (self.metrics, self.board):
+        for log in (self.metrics, self.board, self.held):
             if log is not None:
                 with suppress(OSError):
                     log.close()

@@ -7,7 +7,9 @@ import gc
 import math
 import signal
 import time
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,38 +75,57 @@ def train(
     """
     _check_arguments(recipe, resume, extend, start)
     session = Session(None, observe, start=str(Path(start).absolute()) if start is not None else None)
-    decisions: dict[str, Any] = {}
-    states: list[State] = []
-    if resume is not None:
-        session.folder, recipe, state, meta = RunFolder.reopen(resume)
-        data = reopened(recipe, meta) if data is None else data
-        same_data(data, meta)
-        states.append(restored(recipe, data, state, meta))
-        clock, decisions = Clock(**meta["clock"]), meta["decisions"]
-        session.restore(meta)
-        if extend is not None:
-            clock.end += clock.at(Duration.parse(extend, "--extend"))
-            session.latest = {}
-        del state
-    else:
-        assert recipe is not None
-        data = recipe.data.open() if data is None else data
-        clock = new_clock(recipe, data)
-        session.base = base_of(recipe, session.start)
-    source = None if states else starting_weights(recipe, data, session.start)
-    if session.folder is None and save:
-        session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None))
-    if session.folder is not None:
-        session.folder.open(clock.step, recipe)
-    handlers = _catch_interrupts(session)
     try:
-        with fast_products():
-            return _stages(recipe, data, clock, session, states, source, decisions)
+        if resume is not None:
+            begun = _resumed(resume, extend, data, session)
+        else:
+            assert recipe is not None
+            begun = _new(recipe, data, session, save)
+        if session.folder is not None:
+            session.folder.open(begun.clock.step, begun.recipe)
+        with _interruptible(session), fast_products():
+            return _stages(begun, session)
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         if session.folder is not None:
             session.folder.close()
+
+
+@dataclass
+class Begun:
+    """What the first stage of this process is built from."""
+
+    recipe: Recipe
+    data: Any
+    clock: Clock
+    last: State | None = None
+    """The checkpoint that is resumed; let go once a run is built from it."""
+    source: State | None = None
+    """Weights that a new run starts from; let go as well."""
+    decisions: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _new(recipe: Recipe, data: Any, session: Session, save: bool) -> Begun:
+    data = recipe.data.open() if data is None else data
+    session.base = base_of(recipe, session.start)
+    begun = Begun(recipe, data, new_clock(recipe, data), source=starting_weights(recipe, data, session.start))
+    if save:
+        session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None))
+    return begun
+
+
+def _resumed(place: str | Path, extend: str | None, data: Any, session: Session) -> Begun:
+    # Locked before anything is read, which another process might replace meanwhile.
+    session.folder = RunFolder(RunFolder.newest(place).parent.parent)
+    session.folder.lock()
+    _, recipe, state, meta = RunFolder.reopen(place)
+    data = reopened(recipe, meta) if data is None else data
+    same_data(data, meta)
+    clock = Clock(**meta["clock"])
+    session.restore(meta)
+    if extend is not None:
+        clock.end += clock.at(Duration.parse(extend, "--extend"))
+        session.latest = {}
+    return Begun(recipe, data, clock, restored(recipe, data, state, meta), decisions=meta["decisions"])
 
 
 def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
@@ -116,28 +137,22 @@ def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
         raise UserError("a resumed run keeps its weights.", "--from", "Begin a new run with it.")
 
 
-def _stages(
-    recipe: Recipe,
-    data: Any,
-    clock: Clock,
-    session: Session,
-    states: list[State],
-    source: State | None,
-    decisions: dict[str, Any],
-) -> Result:
-    """All stages that are left. `states` holds the last one's tensors until the next is built from them."""
+def _stages(begun: Begun, session: Session) -> Result:
+    """All stages that are left. `begun` holds the last one's tensors until the next is built from them."""
+    recipe, clock = begun.recipe, begun.clock
     while True:
-        run = build(recipe, data, clock, states.pop() if states else None, source, decisions)
-        source = None
+        last, source, begun.last, begun.source = begun.last, begun.source, None, None
+        run = build(recipe, begun.data, clock, last, source, begun.decisions)
+        del last, source
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
         reason = _stage(run, stage_end(run), session)
         if clock.done or reason != "finished":
             break
-        decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+        begun.decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
         clock.cuts.append(clock.position)
         clock.stage += 1
-        states.append(release(run, decisions, session))
+        begun.last = release(run, begun.decisions, session)
         # Closures and the run refer to each other, so that only a collection frees the old model before the new one.
         del run
         gc.collect()
@@ -176,7 +191,8 @@ def _stage(run: Run, end: int, session: Session) -> str:
     return "finished"
 
 
-def _catch_interrupts(session: Session) -> dict[int, Any]:
+@contextmanager
+def _interruptible(session: Session) -> Generator[None]:
     """Ctrl-C and SIGTERM finish the step, save, and leave. Only the main thread can listen."""
 
     def stop(number: int, frame: Any) -> None:
@@ -184,10 +200,14 @@ def _catch_interrupts(session: Session) -> dict[int, Any]:
             raise KeyboardInterrupt
         session.interrupted = True
 
+    handlers: dict[int, Any] = {}
+    with suppress(ValueError):
+        handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        return {}
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _finish(run: Run, session: Session, reason: str) -> Result:
