@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -24,6 +24,9 @@ BUILT_IN = {
     "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
     "datasets": {"text": "scrimp.data.text:TextData"},
 }
+
+BROKEN = "Ask its authors to mend it, or uninstall it."
+"""What to do about an entry point that does not hold what it should."""
 
 
 @dataclass(frozen=True)
@@ -51,37 +54,61 @@ class Entry:
 
 @cache
 def modules() -> dict[str, str | EntryPoint]:
-    """name -> module of ours, or entry point of others'.
-
-    Raises:
-        UserError: if somebody's technique takes a name that is taken.
-    """
+    """name -> module of ours, or entry point of others'."""
     found: dict[str, str | EntryPoint] = {}
     for path in sorted(HERE.glob("*/[!_]*.py")):
         found[path.stem] = f"scrimp.techniques.{path.parent.name}.{path.stem}"
     for point in entry_points(group="scrimp.techniques"):
-        if point.name in found:
-            fix = f"Ask the authors of `{point.value}` to rename it, or uninstall it."
-            raise UserError(f"two techniques are called `{point.name}`.", "entry points", fix)
-        found[point.name] = point
+        found.setdefault(point.name, point)
     return found
+
+
+@cache
+def taken() -> dict[str, UserError]:
+    """Names that somebody's technique takes though they are taken -> what to say of it."""
+    found: dict[str, UserError] = {}
+    for point in entry_points(group="scrimp.techniques"):
+        owner = modules()[point.name]
+        if isinstance(owner, str) or owner != point:
+            other = owner if isinstance(owner, str) else owner.value
+            what = f"two techniques are called `{point.name}`: this one and `{other}`."
+            found[point.name] = UserError(what, _origin(point), "Ask its authors to rename it, or uninstall it.")
+    return found
+
+
+def _origin(point: EntryPoint) -> str:
+    """An entry point and its distribution, for errors."""
+    owner = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
+    return f"entry point `{point.name} = {point.value}`{owner}"
+
+
+def _loaded(point: EntryPoint) -> Any:
+    """What an entry point names.
+
+    Raises:
+        UserError: if it cannot be imported, whatever the reason.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        what = f"cannot be loaded: {type(error).__name__}: {str(error).rstrip('.')}."
+        raise UserError(what, _origin(point), BROKEN) from error
 
 
 def technique_class(name: str) -> type[Technique]:
     """The class of a technique.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if there is none of that name, there are two, or it is somebody's and broken.
     """
     known = modules()
     if name not in known:
         raise UserError(f"there is no technique `{name}`.", f"techniques.{name}", did_you_mean(name, known))
+    if name in taken():
+        raise taken()[name]
     target = known[name]
     if isinstance(target, EntryPoint):
-        loaded: type[Technique] = target.load()
-        if loaded.name != name:
-            loaded.name = name
-        return loaded
+        return _of_others(name, target)
     module = importlib.import_module(target)
     return next(
         value
@@ -90,18 +117,48 @@ def technique_class(name: str) -> type[Technique]:
     )
 
 
+def _of_others(name: str, point: EntryPoint) -> type[Technique]:
+    loaded = _loaded(point)
+    if not (isinstance(loaded, type) and issubclass(loaded, Technique)):
+        raise UserError("does not name a class that derives from scrimp.Technique.", _origin(point), BROKEN)
+    if not isinstance(getattr(loaded, "card", None), Card):
+        raise UserError("names a class without a card.", _origin(point), BROKEN)
+    if loaded.name != name:
+        loaded.name = name
+    return loaded
+
+
 def catalogue() -> dict[str, Entry]:
-    """Every technique by name, ours read from source."""
-    return {name: entry(name) for name in modules()}
+    """Every technique by name, ours read from source. Others' that are broken are left out, and told on stderr."""
+    found: dict[str, Entry] = {}
+    faults = list(taken().values())
+    for name, target in modules().items():
+        try:
+            found[name] = _entry(name, target)
+        except UserError as error:
+            faults.append(error)
+    for fault in faults:
+        sys.stderr.write(f"scrimp: {fault}\n")
+    return found
 
 
 def entry(name: str) -> Entry:
-    """One technique for showing; ours is read from its source, others' is imported."""
+    """One technique for showing; ours is read from its source, others' is imported.
+
+    Raises:
+        UserError: if there is none of that name, there are two, or it is somebody's and broken.
+    """
     target = modules().get(name)
     if target is None:
         raise UserError(f"there is no technique `{name}`.", "", did_you_mean(name, modules()))
+    if name in taken():
+        raise taken()[name]
+    return _entry(name, target)
+
+
+def _entry(name: str, target: str | EntryPoint) -> Entry:
     if isinstance(target, EntryPoint):
-        return describe(name, technique_class(name))
+        return describe(name, _of_others(name, target))
     return read_source(name, target, HERE / target.split(".")[2] / f"{name}.py")
 
 
@@ -158,14 +215,17 @@ def component(group: str, name: str, where: str) -> Any:
     Args:
         group: models, tasks or datasets.
     Raises:
-        UserError: if there is none of that name.
+        UserError: if there is none of that name, or it is somebody's and broken.
     """
     points = {point.name: point for point in entry_points(group=f"scrimp.{group}")}
     if name in BUILT_IN[group]:
         module, _, attribute = BUILT_IN[group][name].partition(":")
         return getattr(importlib.import_module(module), attribute)
     if name in points:
-        return points[name].load()
+        kind = _loaded(points[name])
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            raise UserError("does not name a dataclass.", _origin(points[name]), BROKEN)
+        return kind
     known = [*BUILT_IN[group], *points]
     raise UserError(f"there is no {group.rstrip('s')} `{name}`.", where, did_you_mean(name, known))
 
