@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
+import textwrap
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -177,9 +179,37 @@ def classes() -> dict[str, str]:
 def describe(name: str, kind: type[Technique]) -> Entry:
     """An entry from an imported class."""
     about = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()
-    settings = [Setting(f.name, str(f.type), ... if f.default is MISSING else f.default, "") for f in fields(kind)]
+    written = _written(kind)
+    settings: list[Setting] = []
+    for f in fields(kind):
+        type_, said = written.get(f.name, (getattr(f.type, "__name__", str(f.type)), ""))
+        settings.append(Setting(f.name, type_, ... if f.default is MISSING else f.default, said))
     slots = tuple(slot for slot in SLOTS if getattr(kind, slot) is not getattr(Technique, slot))
     return Entry(name, kind.__module__, kind.card, tuple(settings), slots, about)
+
+
+def _written(kind: type) -> dict[str, tuple[str, str]]:
+    """Setting -> its type and docstring, as the source of a class and of those it derives from has them."""
+    found: dict[str, tuple[str, str]] = {}
+    for part in reversed(kind.__mro__):
+        if not issubclass(part, Technique) or part is Technique:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+        except (OSError, TypeError, SyntaxError):
+            continue  # a package without its source is shown without docstrings
+        if isinstance(tree.body[0], ast.ClassDef):
+            found |= {key: (ast.unparse(node.annotation), said) for key, node, said in _fields(tree.body[0].body)}
+    return found
+
+
+def _fields(body: list[ast.stmt]) -> list[tuple[str, ast.AnnAssign, str]]:
+    """The annotated names of a class: name, node, and the docstring under it."""
+    found: list[tuple[str, ast.AnnAssign, str]] = []
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.append((node.target.id, node, _docstring(after)))
+    return found
 
 
 def read_source(name: str, module: str, path: Path) -> Entry:
@@ -187,13 +217,13 @@ def read_source(name: str, module: str, path: Path) -> Entry:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and _is_technique(node))
     card, settings = Card(paper="", section=""), list[Setting]()
-    for node, after in zip(body, [*body[1:], None], strict=True):
+    for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             values = {word.arg: ast.literal_eval(word.value) for word in node.value.keywords if word.arg}
             card = Card(**values)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            default = ... if node.value is None else ast.literal_eval(node.value)
-            settings.append(Setting(node.target.id, ast.unparse(node.annotation), default, _docstring(after)))
+    for key, node, said in _fields(body):
+        default = ... if node.value is None else ast.literal_eval(node.value)
+        settings.append(Setting(key, ast.unparse(node.annotation), default, said))
     defined = {node.name for node in body if isinstance(node, ast.FunctionDef)}
     slots = tuple(slot for slot in SLOTS if slot in defined)
     return Entry(name, module, card, tuple(settings), slots, (ast.get_docstring(tree) or "").strip())

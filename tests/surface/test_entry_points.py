@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +74,24 @@ def test_a_technique_of_others_is_listed_and_shown(package: dict[str, str]) -> N
     listed = {t["name"]: t for t in json.loads(scrimp(package, "list", "--json").stdout)}
     assert listed["half"]["settings"]["factor"]["default"] == 0.5
     assert listed["half"]["module"] == "mine"
-    assert "Half the loss" in scrimp(package, "show", "half").stdout
+    shown = scrimp(package, "show", "half").stdout
+    assert "Half the loss" in shown
+    assert "factor: float = 0.5\n      Of the loss.\n" in shown
+
+
+def test_settings_of_a_base_and_a_package_without_source_are_shown(package: dict[str, str], tmp_path: Path) -> None:
+    with (tmp_path / "mine.py").open("a") as file:
+        file.write(
+            '@dataclass(frozen=True, kw_only=True)\nclass Heir(Half):\n    more: int = 2\n    """Of its own."""\n'
+        )
+    (tmp_path / "mine-1.0.dist-info/entry_points.txt").write_text(POINTS.replace("mine:Half", "mine:Heir"))
+    shown = scrimp(package, "show", "half").stdout
+    assert "factor: float = 0.5\n      Of the loss.\n" in shown
+    assert "more: int = 2\n      Of its own.\n" in shown
+    py_compile.compile(str(tmp_path / "mine.py"), cfile=str(tmp_path / "mine.pyc"))
+    (tmp_path / "mine.py").unlink()
+    shown = scrimp(package, "show", "half").stdout
+    assert "factor: float = 0.5" in shown
 
 
 BAD = {
