@@ -163,8 +163,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
     """Train to the end of a stage. The loop itself: everything else is a small function called here."""
     assert run.backward and run.step and run.optimizer
     clock, recipe = run.clock, run.recipe
-    validate = clock.steps(recipe.validate.every) if Duration.parse(recipe.validate.every).value else 0
-    validate = validate if session.validation else 0
+    validate = clock.steps(recipe.validate.every) if session.validation else 0
     save = clock.steps(recipe.checkpoint.every) if Duration.parse(recipe.checkpoint.every).value else 0
     while clock.position < end and not clock.done:
         began = time.perf_counter()

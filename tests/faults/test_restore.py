@@ -116,7 +116,7 @@ def test_other_data_is_noticed(tmp_path: Path) -> None:
 
 
 def test_extending_goes_on_and_measures_again(tmp_path: Path) -> None:
-    first = train(made(tmp_path, "a", validate={"every": 0, "batches": 2}))
+    first = train(made(tmp_path, "a", validate={"every": 1, "batches": 2}))
     longer = train(resume=tmp_path / "a", extend="4 step")
     assert longer.run.clock.step == 12
     assert longer.validation != first.validation
