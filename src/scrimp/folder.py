@@ -112,9 +112,14 @@ class RunFolder:
             UserError: if another process writes into it, or the disk is full.
         """
         self.lock()
-        for snapshot in checkpoint.snapshots(self.path / "checkpoints"):
+        saved = self.path / "checkpoints"
+        for snapshot in checkpoint.snapshots(saved):
             if snapshot.name > f"step-{step:09d}":
                 checkpoint.remove(snapshot)
+        # What a killed process left between two saves; a run that is at its end has no next save to remove it.
+        with _writing(saved):
+            checkpoint.clear(saved)
+        checkpoint.prune(saved, recipe.checkpoint.keep)
         self.step = step
         path = self.path / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]

@@ -43,11 +43,18 @@ class Session:
     """The run whose weights this one began with."""
     base: str = ""
     """What identifies the weights that checkpoints leave out."""
+    ended: str = ""
+    """Why the run is at its end, if it is: finished, or stopped early."""
 
     def restore(self, meta: dict[str, Any]) -> None:
         """What a checkpoint remembers."""
         self.best, self.worse = meta["best"] if meta["best"] is not None else math.inf, meta["worse"]
         self.latest, self.start, self.base = meta["validation"], meta["from"], meta["base"]
+        self.ended = meta["ended"]
+
+    def go_on(self) -> None:
+        """Begin anew what an end has settled, for a run that is extended."""
+        self.latest, self.worse, self.ended = {}, 0, ""
 
 
 def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
@@ -80,6 +87,7 @@ def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) ->
         "best": session.best if math.isfinite(session.best) else None,
         "worse": session.worse,
         "validation": session.latest,
+        "ended": session.ended,
     }
     path = session.folder.save(run.state(partial), meta, run.clock.step, kept.keep, name)
     session.observe("checkpoint", {"path": path})

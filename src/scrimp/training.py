@@ -64,8 +64,8 @@ def train(
 
     Args:
         recipe: what to train; not with `resume`, which reads the run's own.
-        resume: a run's folder, or one of its checkpoints; continues bitwise.
-        extend: with `resume`, a duration to add to the run.
+        resume: a run's folder, or one of its checkpoints; continues bitwise. One that is at its end stays as it is.
+        extend: with `resume`, a duration to add to the run; from where it stopped, if it was stopped early.
         start: a run whose final weights a new run starts from.
         observe: is told of every step.
         save: whether to write a run folder.
@@ -123,8 +123,10 @@ def _resumed(place: str | Path, extend: str | None, data: Any, session: Session)
     clock = Clock(**meta["clock"])
     session.restore(meta)
     if extend is not None:
+        # A run that was stopped early is extended from where it stopped.
+        clock.end = clock.position if session.ended else clock.end
         clock.end += clock.at(Duration.parse(extend, "--extend"))
-        session.latest = {}
+        session.go_on()
     return Begun(recipe, data, clock, restored(recipe, data, state, meta), decisions=meta["decisions"])
 
 
@@ -146,7 +148,7 @@ def _stages(begun: Begun, session: Session) -> Result:
         del last, source
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
-        reason = _stage(run, stage_end(run), session)
+        reason = session.ended or _stage(run, stage_end(run), session)
         if clock.done or reason != "finished":
             break
         begun.decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
@@ -180,7 +182,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
         record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": int(count),
                               "seconds": time.perf_counter() - began})  # fmt: skip
         del batch, loss
-        if validate and (clock.step % validate == 0 or clock.done) and measure(run, session):
+        if validate and (clock.step % validate == 0 or clock.done) and measure(run, session) and not clock.done:
             return "stopped early"
         if session.interrupted:
             snapshot(run, session)
@@ -210,12 +212,14 @@ def _interruptible(session: Session) -> Generator[None]:
 
 
 def _finish(run: Run, session: Session, reason: str) -> Result:
-    if reason != "interrupted":
+    said = f"already {reason} at step {run.clock.step}, --extend goes on" if session.ended else reason
+    if reason != "interrupted" and not session.ended:
         if session.validation and not session.latest:
             measure(run, session)
+        session.ended = reason
         snapshot(run, session)
     text = sample(run) if reason != "interrupted" else ""
     if session.folder is not None and text:
         session.folder.write_text("sample.txt", text)
-    session.observe("end", {"reason": reason, "text": text, "run": run, **session.latest})
+    session.observe("end", {"reason": said, "text": text, "run": run, **session.latest})
     return Result(session.folder.path if session.folder else None, run, session.latest, text, reason)
