@@ -184,7 +184,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
         del batch, loss
         if validate and (clock.step % validate == 0 or clock.done) and measure(run, session) and not clock.done:
             return "stopped early"
-        if session.interrupted:
+        if session.interrupted and not clock.done:
             snapshot(run, session)
             return "interrupted"
         if save and clock.step % save == 0 and not clock.done:
@@ -194,7 +194,10 @@ def _stage(run: Run, end: int, session: Session) -> str:
 
 @contextmanager
 def _interruptible(session: Session) -> Generator[None]:
-    """Ctrl-C and SIGTERM finish the step, save, and leave. Only the main thread can listen."""
+    """Ctrl-C and SIGTERM finish the step, save, and leave; the last step ends the run as ever.
+
+    Only the main thread can listen.
+    """
 
     def stop(number: int, frame: Any) -> None:
         if session.interrupted:
