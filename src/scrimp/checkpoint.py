@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -53,7 +54,7 @@ def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
         digests: dict[str, str] = {}
         for part, tensors in files.items():
             path = partial / f"{part}.safetensors"
-            save_file(tensors, path)
+            save_tensors(tensors, path)
             digests[path.name] = digest(path)
             _flush(path)
         text = json.dumps({"meta": meta, "files": digests}, indent=1)
@@ -74,6 +75,14 @@ def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
         fix = "Earlier checkpoints are intact. Free some space, or set `out` to another disk, then use --resume."
         raise UserError(f"cannot write the checkpoint: {reason}.", str(folder), fix) from error
     return folder
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the rights that other new files get; `save_file` alone leaves it to its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(stat.S_IMODE(mode))
 
 
 def load(folder: Path) -> tuple[State, dict[str, Any]]:
@@ -98,6 +107,16 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
             kind, parameter = (f"{part}.{rest}", parameter) if slash else (part, key)
             state.setdefault(kind, {})[parameter] = tensor  # type: ignore[index]
     return state, meta
+
+
+def identity(folder: Path) -> str:
+    """A hash of a snapshot's state.json, which holds the checksums of all its files."""
+    if not folder.exists() and _aside(folder).exists():
+        folder = _aside(folder)
+    try:
+        return digest(folder / "state.json")
+    except FileNotFoundError:
+        raise _damaged(folder, "state.json", "is missing") from None
 
 
 def _read_state(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""A run's folder: recipe.yaml, environment.json, metrics.jsonl, TensorBoard events, checkpoints."""
+"""A run's folder: recipe.yaml, tokenizer.json, environment.json, metrics.jsonl, TensorBoard events, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -19,6 +19,7 @@ import torch
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
+from scrimp.lock import lock
 from scrimp.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class RunFolder:
     """Where a run writes. Nothing in it is needed to compute; everything in it is needed to resume or to report."""
 
     path: Path
+    held: TextIO | None = None
+    """The file whose lock keeps other writers out."""
     metrics: TextIO | None = None
     board: Any = None
     wandb: Any = None
@@ -37,8 +40,12 @@ class RunFolder:
     step: int = 0
 
     @classmethod
-    def create(cls, recipe: Recipe) -> RunFolder:
-        """A new folder under `recipe.out`, numbered when the name is taken."""
+    def create(cls, recipe: Recipe, tokenizer: Any = None) -> RunFolder:
+        """A new folder under `recipe.out`, numbered when the name is taken.
+
+        Args:
+            tokenizer: of the data; kept in the folder if it can be saved, so that text is generated without the corpus.
+        """
         name = recipe.name or "-".join(["run", *(t.name for t in recipe.techniques if "update rule" in t.card.sets)])
         root = Path(recipe.out)
         for i in range(1, 100_000):
@@ -51,7 +58,10 @@ class RunFolder:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise UserError(f"cannot make the run's folder: {reason}.", str(path), "Set `out`.") from None
             folder = cls(path)
-            folder.write_text("recipe.yaml", recipe.yaml())
+            if hasattr(tokenizer, "save"):
+                with _writing(path / "tokenizer.json"):
+                    tokenizer.save(path)
+            folder.write_text("recipe.yaml", anchored(recipe).yaml())
             return folder
         raise UserError("there are too many runs of that name.", str(root), "Set `name`.")
 
@@ -62,25 +72,54 @@ class RunFolder:
         Raises:
             UserError: if there is no run or no checkpoint, or the newest one is damaged.
         """
-        place = Path(place)
-        if place.resolve().parent.name == "checkpoints":
-            chosen, path = place, place.resolve().parent.parent
-        else:
-            path, found = place, checkpoint.snapshots(place / "checkpoints")
-            if not (path / "recipe.yaml").is_file():
-                raise UserError("is not a run's folder: it has no recipe.yaml.", str(place))
-            if not found:
-                raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")
-            chosen = found[-1]
+        chosen = cls.newest(place)
+        path = chosen.parent.parent
         recipe = Recipe.load(path / "recipe.yaml")
         state, meta = checkpoint.load(chosen)
         return cls(path), recipe, state, meta
 
+    @staticmethod
+    def newest(place: str | Path) -> Path:
+        """The newest checkpoint of a run's folder; a checkpoint is its own.
+
+        Raises:
+            UserError: if there is no run or no checkpoint.
+        """
+        place = Path(place)
+        if place.resolve().parent.name == "checkpoints":
+            return place.resolve()
+        if not (place / "recipe.yaml").is_file():
+            raise UserError("is not a run's folder: it has no recipe.yaml.", str(place))
+        found = checkpoint.snapshots(place / "checkpoints")
+        if not found:
+            raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")
+        return found[-1]
+
+    def lock(self) -> None:
+        """Become the run's only writer until `close`. Readers need no lock: what they read appears whole.
+
+        Raises:
+            UserError: if another process writes into it.
+        """
+        if self.held is None:
+            with _writing(self.path / "lock"):
+                self.held = lock(self.path)
+
     def open(self, step: int, recipe: Recipe) -> None:
-        """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off."""
-        for snapshot in checkpoint.snapshots(self.path / "checkpoints"):
+        """Begin writing after `step`: what an earlier process logged or saved beyond it is cut off.
+
+        Raises:
+            UserError: if another process writes into it, or the disk is full.
+        """
+        self.lock()
+        saved = self.path / "checkpoints"
+        for snapshot in checkpoint.snapshots(saved):
             if snapshot.name > f"step-{step:09d}":
                 checkpoint.remove(snapshot)
+        # What a killed process left between two saves; a run that is at its end has no next save to remove it.
+        with _writing(saved):
+            checkpoint.clear(saved)
+        checkpoint.prune(saved, recipe.checkpoint.keep)
         self.step = step
         path = self.path / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
@@ -127,12 +166,23 @@ class RunFolder:
 
     def close(self) -> None:
         """Close what is open. All that matters was flushed, so that a full disk is no error any more."""
-        for log in (self.metrics, self.board):
+        for log in (self.metrics, self.board, self.held):
             if log is not None:
                 with suppress(OSError):
                     log.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with absolute paths, so that its run is resumed and used from any working directory."""
+    data, model = recipe.data, recipe.model
+    source = getattr(model, "source", "")
+    if hasattr(data, "anchored"):
+        data = data.anchored()
+    if source and Path(source).exists():
+        model = replace(model, source=str(Path(source).absolute()))
+    return replace(recipe, data=data, model=model)
 
 
 @contextmanager

@@ -10,19 +10,21 @@ import torch
 from scrimp.clock import Clock
 from scrimp.folder import RunFolder
 from scrimp.products import fast_products
-from scrimp.restore import same_data, whole
+from scrimp.restore import reopened, used, whole
 from scrimp.run import Run, build, configured, exported, to_device
 
 
-def open_run(place: str | Path) -> Run:
+def open_run(place: str | Path, corpus: bool = True) -> Run:
     """A trained run, built from its checkpoint as training would resume it.
 
     Args:
         place: a run's folder, or one of its checkpoints.
+        corpus: whether the data are needed; without, the run's windows are zeros.
+    Raises:
+        UserError: if something it needs is gone, damaged, or changed since it was trained.
     """
-    _, recipe, state, meta = RunFolder.reopen(place)
-    data = recipe.data.open()
-    same_data(data, meta)
+    folder, recipe, state, meta = RunFolder.reopen(place)
+    data = reopened(recipe, meta) if corpus else used(folder.path, recipe, meta)
     state = whole(recipe, data, state, meta)
     return build(recipe, data, Clock(**meta["clock"]), last=state, decisions=meta["decisions"])
 
@@ -48,7 +50,7 @@ def continue_text(place: str | Path, prompt: str, tokens: int, temperature: floa
     """The prompt and what the model adds to it."""
     from scrimp.models.generate import generate
 
-    run = open_run(place)
+    run = open_run(place, corpus=False)
     tokenizer = run.data.tokenizer
     ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)
@@ -62,6 +64,6 @@ def export(place: str | Path, out: str | Path) -> Path:
     """Write a run as a Hugging Face folder, with what techniques added merged or removed."""
     from scrimp.models.hub import write
 
-    run = open_run(place)
+    run = open_run(place, corpus=False)
     write(out, configured(run.recipe, run.data), exported(run), run.data.tokenizer)
     return Path(out)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
+from scrimp.clock import Duration
 from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident
 from scrimp.machines.timing import seconds
@@ -168,7 +169,8 @@ def _stage(
     batch, tokens = _largest_batch(run, end)
     first = _steps(run, batch, mode, trace)
     step = trace.ops[first:]
-    _validate(run, batch, mode, trace)
+    if Duration.parse(recipe.validate.every).value and recipe.validate.batches:
+        _validate(run, batch, mode, trace)
     cost = run.fold("price", {"seconds": 0.0, "bytes": 0.0, "fused": 0.0})
     moment, line = peak(trace)
     moment.total += int(cost["bytes"])

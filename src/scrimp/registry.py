@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import sys
-from dataclasses import MISSING, dataclass, fields
+import textwrap
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -24,6 +26,9 @@ BUILT_IN = {
     "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
     "datasets": {"text": "scrimp.data.text:TextData"},
 }
+
+BROKEN = "Ask its authors to mend it, or uninstall it."
+"""What to do about an entry point that does not hold what it should."""
 
 
 @dataclass(frozen=True)
@@ -51,37 +56,61 @@ class Entry:
 
 @cache
 def modules() -> dict[str, str | EntryPoint]:
-    """name -> module of ours, or entry point of others'.
-
-    Raises:
-        UserError: if somebody's technique takes a name that is taken.
-    """
+    """name -> module of ours, or entry point of others'."""
     found: dict[str, str | EntryPoint] = {}
     for path in sorted(HERE.glob("*/[!_]*.py")):
         found[path.stem] = f"scrimp.techniques.{path.parent.name}.{path.stem}"
     for point in entry_points(group="scrimp.techniques"):
-        if point.name in found:
-            fix = f"Ask the authors of `{point.value}` to rename it, or uninstall it."
-            raise UserError(f"two techniques are called `{point.name}`.", "entry points", fix)
-        found[point.name] = point
+        found.setdefault(point.name, point)
     return found
+
+
+@cache
+def taken() -> dict[str, UserError]:
+    """Names that somebody's technique takes though they are taken -> what to say of it."""
+    found: dict[str, UserError] = {}
+    for point in entry_points(group="scrimp.techniques"):
+        owner = modules()[point.name]
+        if isinstance(owner, str) or owner != point:
+            other = owner if isinstance(owner, str) else owner.value
+            what = f"two techniques are called `{point.name}`: this one and `{other}`."
+            found[point.name] = UserError(what, _origin(point), "Ask its authors to rename it, or uninstall it.")
+    return found
+
+
+def _origin(point: EntryPoint) -> str:
+    """An entry point and its distribution, for errors."""
+    owner = f" of {point.dist.name} {point.dist.version}" if point.dist else ""
+    return f"entry point `{point.name} = {point.value}`{owner}"
+
+
+def _loaded(point: EntryPoint) -> Any:
+    """What an entry point names.
+
+    Raises:
+        UserError: if it cannot be imported, whatever the reason.
+    """
+    try:
+        return point.load()
+    except Exception as error:
+        what = f"cannot be loaded: {type(error).__name__}: {str(error).rstrip('.')}."
+        raise UserError(what, _origin(point), BROKEN) from error
 
 
 def technique_class(name: str) -> type[Technique]:
     """The class of a technique.
 
     Raises:
-        UserError: if there is none of that name.
+        UserError: if there is none of that name, there are two, or it is somebody's and broken.
     """
     known = modules()
     if name not in known:
         raise UserError(f"there is no technique `{name}`.", f"techniques.{name}", did_you_mean(name, known))
+    if name in taken():
+        raise taken()[name]
     target = known[name]
     if isinstance(target, EntryPoint):
-        loaded: type[Technique] = target.load()
-        if loaded.name != name:
-            loaded.name = name
-        return loaded
+        return _of_others(name, target)
     module = importlib.import_module(target)
     return next(
         value
@@ -90,18 +119,48 @@ def technique_class(name: str) -> type[Technique]:
     )
 
 
+def _of_others(name: str, point: EntryPoint) -> type[Technique]:
+    loaded = _loaded(point)
+    if not (isinstance(loaded, type) and issubclass(loaded, Technique)):
+        raise UserError("does not name a class that derives from scrimp.Technique.", _origin(point), BROKEN)
+    if not isinstance(getattr(loaded, "card", None), Card):
+        raise UserError("names a class without a card.", _origin(point), BROKEN)
+    if loaded.name != name:
+        loaded.name = name
+    return loaded
+
+
 def catalogue() -> dict[str, Entry]:
-    """Every technique by name, ours read from source."""
-    return {name: entry(name) for name in modules()}
+    """Every technique by name, ours read from source. Others' that are broken are left out, and told on stderr."""
+    found: dict[str, Entry] = {}
+    faults = list(taken().values())
+    for name, target in modules().items():
+        try:
+            found[name] = _entry(name, target)
+        except UserError as error:
+            faults.append(error)
+    for fault in faults:
+        sys.stderr.write(f"scrimp: {fault}\n")
+    return found
 
 
 def entry(name: str) -> Entry:
-    """One technique for showing; ours is read from its source, others' is imported."""
+    """One technique for showing; ours is read from its source, others' is imported.
+
+    Raises:
+        UserError: if there is none of that name, there are two, or it is somebody's and broken.
+    """
     target = modules().get(name)
     if target is None:
         raise UserError(f"there is no technique `{name}`.", "", did_you_mean(name, modules()))
+    if name in taken():
+        raise taken()[name]
+    return _entry(name, target)
+
+
+def _entry(name: str, target: str | EntryPoint) -> Entry:
     if isinstance(target, EntryPoint):
-        return describe(name, technique_class(name))
+        return describe(name, _of_others(name, target))
     return read_source(name, target, HERE / target.split(".")[2] / f"{name}.py")
 
 
@@ -120,9 +179,37 @@ def classes() -> dict[str, str]:
 def describe(name: str, kind: type[Technique]) -> Entry:
     """An entry from an imported class."""
     about = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()
-    settings = [Setting(f.name, str(f.type), ... if f.default is MISSING else f.default, "") for f in fields(kind)]
+    written = _written(kind)
+    settings: list[Setting] = []
+    for f in fields(kind):
+        type_, said = written.get(f.name, (getattr(f.type, "__name__", str(f.type)), ""))
+        settings.append(Setting(f.name, type_, ... if f.default is MISSING else f.default, said))
     slots = tuple(slot for slot in SLOTS if getattr(kind, slot) is not getattr(Technique, slot))
     return Entry(name, kind.__module__, kind.card, tuple(settings), slots, about)
+
+
+def _written(kind: type) -> dict[str, tuple[str, str]]:
+    """Setting -> its type and docstring, as the source of a class and of those it derives from has them."""
+    found: dict[str, tuple[str, str]] = {}
+    for part in reversed(kind.__mro__):
+        if not issubclass(part, Technique) or part is Technique:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
+        except (OSError, TypeError, SyntaxError):
+            continue  # a package without its source is shown without docstrings
+        if isinstance(tree.body[0], ast.ClassDef):
+            found |= {key: (ast.unparse(node.annotation), said) for key, node, said in _fields(tree.body[0].body)}
+    return found
+
+
+def _fields(body: list[ast.stmt]) -> list[tuple[str, ast.AnnAssign, str]]:
+    """The annotated names of a class: name, node, and the docstring under it."""
+    found: list[tuple[str, ast.AnnAssign, str]] = []
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.append((node.target.id, node, _docstring(after)))
+    return found
 
 
 def read_source(name: str, module: str, path: Path) -> Entry:
@@ -130,13 +217,13 @@ def read_source(name: str, module: str, path: Path) -> Entry:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and _is_technique(node))
     card, settings = Card(paper="", section=""), list[Setting]()
-    for node, after in zip(body, [*body[1:], None], strict=True):
+    for node in body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             values = {word.arg: ast.literal_eval(word.value) for word in node.value.keywords if word.arg}
             card = Card(**values)
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            default = ... if node.value is None else ast.literal_eval(node.value)
-            settings.append(Setting(node.target.id, ast.unparse(node.annotation), default, _docstring(after)))
+    for key, node, said in _fields(body):
+        default = ... if node.value is None else ast.literal_eval(node.value)
+        settings.append(Setting(key, ast.unparse(node.annotation), default, said))
     defined = {node.name for node in body if isinstance(node, ast.FunctionDef)}
     slots = tuple(slot for slot in SLOTS if slot in defined)
     return Entry(name, module, card, tuple(settings), slots, (ast.get_docstring(tree) or "").strip())
@@ -158,14 +245,17 @@ def component(group: str, name: str, where: str) -> Any:
     Args:
         group: models, tasks or datasets.
     Raises:
-        UserError: if there is none of that name.
+        UserError: if there is none of that name, or it is somebody's and broken.
     """
     points = {point.name: point for point in entry_points(group=f"scrimp.{group}")}
     if name in BUILT_IN[group]:
         module, _, attribute = BUILT_IN[group][name].partition(":")
         return getattr(importlib.import_module(module), attribute)
     if name in points:
-        return points[name].load()
+        kind = _loaded(points[name])
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            raise UserError("does not name a dataclass.", _origin(points[name]), BROKEN)
+        return kind
     known = [*BUILT_IN[group], *points]
     raise UserError(f"there is no {group.rstrip('s')} `{name}`.", where, did_you_mean(name, known))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scrimp import checkpoint
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.run import configured
@@ -34,12 +37,73 @@ def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | No
 
 
 def whole(recipe: Recipe, data: Any, state: State, meta: dict[str, Any]) -> State:
-    """A checkpoint with the frozen weights that it left out."""
+    """A checkpoint with the frozen weights that it left out.
+
+    Raises:
+        UserError: if they are not those that it was trained on, or are gone.
+    """
     if not meta["partial"]:
         return state
+    _same_base(recipe, meta)
     base = starting_weights(recipe, data, meta["from"])
     assert base is not None
     return {**state, "model": {**base["model"], **state["model"]}}
+
+
+def base_of(recipe: Recipe, start: str | None) -> str:
+    """What identifies the weights that checkpoints leave out: a hash of the files that hold them, or "" if none do.
+
+    Raises:
+        UserError: if a file cannot be read, or the run to start from is none.
+    """
+    source = getattr(recipe.model, "source", "")
+    if not recipe.checkpoint.adapter_only or not (start or source):
+        return ""
+    if start:
+        return checkpoint.identity(RunFolder.newest(start))
+    from scrimp.data.cache import cache_folder, content_hash
+
+    files = sorted(Path(source).glob("*.safetensors"))
+    found = content_hash(files, cache_folder(getattr(recipe.data, "cache", ""), "weights"))
+    named = "\n".join(f"{file.name} {value}" for file, value in zip(files, found, strict=True))
+    return hashlib.sha256(named.encode()).hexdigest()
+
+
+def _same_base(recipe: Recipe, meta: dict[str, Any]) -> None:
+    """Check that the frozen weights are those a checkpoint was trained on.
+
+    Raises:
+        UserError: if they changed since, so that its adapters would be added to other weights.
+    """
+    where = meta["from"] or getattr(recipe.model, "source", "")
+    if not Path(where).exists():
+        raise UserError("the frozen weights that the run was trained on are gone.", where, "Bring them back.")
+    if meta["base"] != base_of(recipe, meta["from"]):
+        what = "the frozen weights are not those that the run was trained on: the files changed since."
+        raise UserError(what, where, "Bring them back as they were, or train adapters on the new ones in a new run.")
+
+
+def reopened(recipe: Recipe, meta: dict[str, Any]) -> Any:
+    """The data that a run was trained on.
+
+    Raises:
+        UserError: if it is gone, or changed since.
+    """
+    found = getattr(recipe.data, "found", None)
+    if found is not None and not found():
+        fix = "Bring it back; `scrimp generate` and `scrimp export` do without it."
+        raise UserError(f"the corpus at {recipe.data.source} is gone.", "data.source", fix)
+    data = recipe.data.open()
+    same_data(data, meta)
+    return data
+
+
+def used(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Any:
+    """What using a run's model needs of its data: the tokenizer that its folder keeps, or else the data itself."""
+    outline = getattr(recipe.data, "used", None)
+    if outline is None or not (folder / "tokenizer.json").is_file():
+        return reopened(recipe, meta)
+    return outline(folder, meta["data"].get("tokens", {}))
 
 
 def same_data(data: Any, meta: dict[str, Any]) -> None:

@@ -142,6 +142,7 @@ def test_a_seed_that_torch_cannot_take_is_told() -> None:
         recipe(seed=2**63)
 
 
-def test_no_batches_are_no_validation() -> None:
-    result = train(recipe(duration="2 step", validate={"every": "1 step", "batches": 0}), save=False)
+@pytest.mark.parametrize("never", [{"every": "1 step", "batches": 0}, {"every": 0}, {"every": "0 tok"}], ids=str)
+def test_never_is_no_validation_at_the_end_either(never: dict[str, Any]) -> None:
+    result = train(recipe(duration="2 step", validate=never), save=False)
     assert (result.run.clock.step, result.validation) == (2, {})

@@ -50,7 +50,7 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, whole: Result, num
     told = at(step, lambda: os.kill(os.getpid(), number))
     result = train(made(tmp_path, "r", checkpoint={"every": 0}), data=TinyData().open(), observe=told)
     assert signal.getsignal(number) is before, "the handler is put back"
-    assert result.reason == "interrupted"
+    assert result.reason == ("finished" if step == STEPS else "interrupted")
     assert result.run.clock.step == step
     assert checkpoint.snapshots(tmp_path / "r/checkpoints")[-1].name == f"step-{step:09d}"
     resumed = train(resume=tmp_path / "r", data=TinyData().open())
@@ -58,6 +58,18 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, whole: Result, num
     assert_equal(flat(whole.run.state()), flat(resumed.run.state()))
     assert resumed.validation == whole.validation
     assert _steps(tmp_path / "r") == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("event", ["validation", "checkpoint", "end"])
+def test_a_signal_after_the_last_step_changes_nothing(tmp_path: Path, whole: Result, event: str) -> None:
+    def observe(heard: str, fields: dict[str, Any]) -> None:
+        at_the_end = fields.get("step", STEPS) == STEPS and str(fields.get("path", STEPS)).endswith(str(STEPS))
+        if heard == event and at_the_end:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings: dict[str, Any] = {"checkpoint": {"every": 0}, "validate": {"every": 1}}
+    result = train(made(tmp_path, "r", **settings), data=TinyData().open(), observe=observe)
+    assert (result.reason, result.text, result.validation) == ("finished", whole.text, whole.validation)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from scrimp.errors import RecipeError, UserError
+from scrimp.progress import Progress
 from scrimp.recipe import Recipe
 from scrimp.training import train
 from tiny import TinyData, example, recipe
@@ -92,21 +95,58 @@ def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
         train(resume=tmp_path)
 
 
-def test_early_stop_and_best(tmp_path: Path) -> None:
-    made = recipe(
-        example("sgd", lr=5.0),
-        out=str(tmp_path),
+def impatient(out: Path) -> Recipe:
+    """A run that gets no better, and stops early."""
+    return recipe(
+        example("sgd", lr=1e-30),
+        data="text",
+        out=str(out),
         name="r",
         duration="60 step",
         validate={"every": "1 step", "batches": 1},
         stop={"patience": 3},
         checkpoint={"every": 0, "best": True},
     )
-    result = train(made, data=TinyData().open())
+
+
+def test_early_stop_and_best(tmp_path: Path) -> None:
+    result = train(impatient(tmp_path), data=TinyData().open())
     assert result.reason == "stopped early"
     assert result.run.clock.step < 60
     assert (tmp_path / "r/checkpoints/best/model.safetensors").exists()
     assert math.isfinite(result.validation["loss"])
+
+
+def test_a_run_that_is_at_its_end_says_so(tmp_path: Path) -> None:
+    data, out = TinyData().open(), io.StringIO()
+    for made in (recipe(data="text", out=str(tmp_path), name="whole"), impatient(tmp_path)):
+        first = train(made, data=data)
+        before = contents(tmp_path / made.name)
+        with Progress(out) as view:
+            again = train(resume=tmp_path / made.name, data=data, observe=view)
+        assert (again.reason, again.validation) == (first.reason, first.validation)
+        assert contents(tmp_path / made.name) == before
+    said = [line.partition(": ")[0] for line in out.getvalue().splitlines() if "held-out" in line]
+    assert said == ["already finished at step 8, --extend goes on", "already stopped early at step 4, --extend goes on"]
+
+
+def contents(run: Path) -> dict[str, tuple[int, bytes]]:
+    """What a run has written: times of change and bytes."""
+    files = [run / "metrics.jsonl", *(p for p in (run / "checkpoints").rglob("*") if p.is_file())]
+    return {str(p): (p.stat().st_mtime_ns if "checkpoints" in p.parts else 0, p.read_bytes()) for p in files}
+
+
+def test_a_run_that_was_stopped_early_is_extended_from_there(tmp_path: Path) -> None:
+    data = TinyData().open()
+    stopped = train(impatient(tmp_path), data=data).run.clock.step
+    longer = train(resume=tmp_path / "r", extend="2 step", data=data)
+    assert (longer.reason, longer.run.clock.step) == ("finished", stopped + 2)
+
+
+def test_a_run_that_stops_early_at_its_last_step_is_finished(tmp_path: Path) -> None:
+    first = train(impatient(tmp_path), data=TinyData().open(), save=False)
+    last = replace(impatient(tmp_path), duration=f"{first.run.clock.step} step")
+    assert train(last, data=TinyData().open(), save=False).reason == "finished"
 
 
 def test_a_new_run_may_start_from_old_weights(tmp_path: Path) -> None:

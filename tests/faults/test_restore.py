@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
+from scrimp.inference import continue_text, evaluate, export
 from scrimp.models import hub
 from scrimp.recipe import Recipe
 from scrimp.training import train
@@ -58,6 +61,47 @@ def test_adapter_only_runs_resume_and_export(tmp_path: Path, grows: bool) -> Non
         assert_equal(flat(whole.run.state()), flat(again.run.state()))
 
 
+def on_a_folder(tmp_path: Path) -> Recipe:
+    """Adapters on a folder of weights, and the folder."""
+    base = train(made(tmp_path, "base", sample={"tokens": 0}))
+    assert base.folder is not None
+    export(base.folder, tmp_path / "hf")
+    model = {"from": str(tmp_path / "hf")}
+    return made(tmp_path, "tuned", example("lora"), model=model, checkpoint={"adapter_only": True, "every": "4 step"})
+
+
+@pytest.mark.parametrize("verb", ["resume", "evaluate", "generate", "export"])
+def test_adapters_are_refused_on_weights_that_changed(tmp_path: Path, verb: str) -> None:
+    train(on_a_folder(tmp_path))
+    run = tmp_path / "tuned"
+    verbs: dict[str, Callable[[], Any]] = {
+        "resume": lambda: train(resume=run, extend="2 step"),
+        "evaluate": lambda: evaluate(run, 1),
+        "generate": lambda: continue_text(run, "a", 2, 0.0, 0),
+        "export": lambda: export(run, tmp_path / "merged"),
+    }
+    weights = tmp_path / "hf/model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    with pytest.raises(UserError, match=r"hf: the frozen weights are not those that the run was trained on"):
+        verbs[verb]()
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    verbs[verb]()
+    weights.parent.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"hf: the frozen weights that the run was trained on are gone"):
+        verbs[verb]()
+
+
+def test_adapters_on_a_run_that_went_on_are_refused(tmp_path: Path) -> None:
+    base = train(made(tmp_path, "base"))
+    train(made(tmp_path, "tuned", example("lora"), checkpoint={"adapter_only": True}), start=base.folder)
+    train(resume=base.folder, extend="2 step")
+    with pytest.raises(UserError, match=r"base: the frozen weights are not those that the run was trained on"):
+        train(resume=tmp_path / "tuned", extend="2 step")
+
+
 def test_adapter_only_without_a_base_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the frozen weights could not be read again"):
         train(made(tmp_path, "lost", example("lora"), checkpoint={"adapter_only": True}))
@@ -72,7 +116,7 @@ def test_other_data_is_noticed(tmp_path: Path) -> None:
 
 
 def test_extending_goes_on_and_measures_again(tmp_path: Path) -> None:
-    first = train(made(tmp_path, "a", validate={"every": 0, "batches": 2}))
+    first = train(made(tmp_path, "a", validate={"every": 1, "batches": 2}))
     longer = train(resume=tmp_path / "a", extend="4 step")
     assert longer.run.clock.step == 12
     assert longer.validation != first.validation
@@ -145,8 +189,6 @@ def test_an_adapter_on_a_tied_head_is_refused_and_on_an_untied_one_merges() -> N
 
 
 def test_a_run_starts_from_a_folder_and_leaves_as_one(tmp_path: Path) -> None:
-    from scrimp.inference import export
-
     first = train(made(tmp_path, "a", sample={"tokens": 0}))
     assert first.folder is not None
     export(first.folder, tmp_path / "hf")
@@ -155,6 +197,19 @@ def test_a_run_starts_from_a_folder_and_leaves_as_one(tmp_path: Path) -> None:
     config = hub.read_config(tmp_path / "hf")
     assert config["width"] == 32
     assert second.validation["loss"] == pytest.approx(first.validation["loss"], abs=0.2)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_rights_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        train(made(tmp_path, "a", example("adamw"), sample={"tokens": 0}))
+        export(tmp_path / "a", tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [p for folder in ("a", "hf") for p in (tmp_path / folder).rglob("*") if p.is_file()]
+    assert sum(p.suffix == ".safetensors" for p in files) >= 3
+    assert {(p.name, p.stat().st_mode & 0o777) for p in files} == {(p.name, 0o666 & ~mask) for p in files}
 
 
 def test_overrides_that_hit_nothing_are_told() -> None:

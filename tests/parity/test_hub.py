@@ -255,7 +255,7 @@ def test_the_tokenizer_comes_along(options: dict, auto: bool, tmp_path: Path) ->
     hub.write(tmp_path / "out", model.config, named(model), tokenizer)
     kind = transformers.AutoTokenizer if auto else transformers.PreTrainedTokenizerFast
     read = kind.from_pretrained(tmp_path / "out")
-    assert read(text)["input_ids"] == tokenizer.encode(text)
+    assert read(text)["input_ids"] == [tokenizer.end, *tokenizer.encode(text)]
     assert (read.eos_token_id, read.bos_token_id) == (tokenizer.end, tokenizer.end)
     assert "token_type_ids" not in read(text)
     again = reopened(tmp_path / "out")

@@ -51,6 +51,14 @@ def find(source: str) -> list[Path]:
     return sorted(set(files))
 
 
+def located(source: str) -> str:
+    """The same place by its absolute path; a source that is no path or is not there stays as it is."""
+    place = Path(source).expanduser()
+    if source == STDLIB or not (place.exists() or any(glob.iglob(str(place), recursive=True))):
+        return source
+    return str(place.absolute())
+
+
 def documents(files: list[Path], field: str, tally: Counter[str]) -> Iterator[str]:
     """Every document that is not empty, one at a time; all are valid Unicode without lone surrogates.
 

@@ -6,17 +6,17 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
-from scrimp.data.documents import documents, find, fingerprint
-from scrimp.data.outline import Outline, estimated
+from scrimp.data.documents import documents, find, fingerprint, located
+from scrimp.data.outline import Outline, Windows, estimated
 from scrimp.data.stream import Tokens
-from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer, train_bpe
+from scrimp.data.tokenizer import END, Tokenizer, bytes_tokenizer, train_bpe
 from scrimp.errors import UserError
 
 FORMAT: Final = 2
@@ -26,6 +26,8 @@ BPE_SAMPLE: Final = 200_000_000
 BATCH: Final = 1_000_000
 """Characters of the documents that are tokenized at once: what is held in memory."""
 SPLITS: Final = ("train", "validation")
+TRAINED: Final = ("bytes", "bpe")
+"""Tokenizers that are made here and need no file."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,31 @@ class TextData:
         raw = self.tokenizer == "bytes"
         tokenizer = bytes_tokenizer() if raw else Tokenizer.read(folder, meta["end_token"])
         return Data(tokens[0], tokens[1], tokenizer, meta)
+
+    def anchored(self) -> TextData:
+        """The same settings with absolute paths, which hold from any working directory."""
+        given = self.tokenizer not in TRAINED
+        cache = str(Path(self.cache).expanduser().absolute()) if self.cache else ""
+        tokenizer = located(self.tokenizer) if given else self.tokenizer
+        return replace(self, source=located(self.source), tokenizer=tokenizer, cache=cache)
+
+    def found(self) -> bool:
+        """Whether there is text at the source."""
+        try:
+            return bool(find(self.source))
+        except UserError:
+            return False
+
+    def used(self, folder: Path, tokens: Mapping[str, int]) -> Outline:
+        """What using a trained model needs of its corpus, without the corpus.
+
+        Args:
+            folder: has the tokenizer.json that the corpus was tokenized with.
+            tokens: of each split.
+        """
+        train, validation = (Windows(max(1, (tokens.get(s, 0) - 1) // self.context), self.context) for s in SPLITS)
+        end = END if self.tokenizer in TRAINED else self.end
+        return Outline(train, validation, Tokenizer.read(folder, end))
 
     def outline(self) -> Data | Outline:
         """The corpus if it is built, else its sizes, without reading it."""

@@ -55,7 +55,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, which `PreTrainedTokenizerFast` and `tokenizers` load."""
-        self.inner.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.inner.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path, end: str = "") -> Tokenizer:
@@ -118,6 +118,26 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
     inner.train_from_iterator(texts, trainer)
     inner.add_special_tokens([END])
     return Tokenizer(inner, inner.get_vocab_size() - 1)
+
+
+def begin_texts(file: Path, end: int) -> None:
+    """Have a tokenizer.json put its end-of-text token before every text, where other libraries add special tokens.
+
+    A model here sees that token before every document, so that a prompt without it is unlike all it was trained on.
+    What the file put around texts before is replaced. `Tokenizer` adds no special tokens and reads the file as ever.
+
+    Args:
+        end: id of the token.
+    """
+    import tokenizers
+    from tokenizers import processors
+
+    inner = tokenizers.Tokenizer.from_file(str(file))
+    token = {"id": "begin", "ids": [end], "tokens": [inner.id_to_token(end)]}
+    inner.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="begin $A", pair="begin $A begin:1 $B:1", special_tokens=[token]
+    )
+    file.write_text(inner.to_str(pretty=True), encoding="utf-8")
 
 
 def _byte_letters() -> list[str]:

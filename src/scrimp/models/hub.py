@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from scrimp.checkpoint import save_tensors
+from scrimp.data.tokenizer import begin_texts
 from scrimp.errors import UserError, did_you_mean
 from scrimp.models.hub_config import family_of, options_from, options_to
 from scrimp.models.hub_names import FAMILIES, tensors
@@ -227,8 +228,10 @@ def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[st
         return ids
     ids |= {"bos_token_id": end, "eos_token_id": end}
     _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
-    path = folder / "tokenizer_config.json"
-    if (folder / "tokenizer.json").is_file() and not path.exists():
+    file, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if file.is_file():
+        begin_texts(file, end)
+    if file.is_file() and not path.exists():
         # Without a class, transformers takes the family's own and with it another way of splitting text.
         token = tokenizer.decode([end])
         inputs = ["input_ids", "attention_mask"]
@@ -251,7 +254,7 @@ def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
     where: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({n: named[n].contiguous() for n in names}, folder / file, metadata={"format": "pt"})
+        save_tensors({n: named[n].contiguous() for n in names}, folder / file, {"format": "pt"})
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in named.values())
