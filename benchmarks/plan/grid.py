@@ -57,7 +57,7 @@ def grid(names: list[str], example: Any) -> dict[str, Case]:
         "dropout": {"dropout": 0.1}, "relu": {"activation": "relu"}, "tanh": {"activation": "gelu_tanh"},
         "bfloat16": {"dtype": "bfloat16"}, "no-positions": {"positions": "none"}, "qk-norm": {"qk_norm": True},
     }.items():  # fmt: skip
-        cases[f"4m/{name}"] = case("4m", **changes)
+        cases[f"4m/{name}"] = case("4m", None, **changes)
     for name in ("llama", "untied"):
         cases[f"10m/{name}"] = case("10m", **(LLAMA if name == "llama" else {"tied": False}))
     for name in names:

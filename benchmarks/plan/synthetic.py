@@ -47,8 +47,11 @@ class Synthetic:
 def recipe(case: dict[str, Any], out: str, steps: int = 8) -> Recipe:
     """The recipe of a case."""
     techniques = tuple(technique_class(name)(**settings) for name, settings in case["techniques"].items())
+    settings: dict[str, Any] = {
+        "log": {"tensorboard": False}, "sample": {"tokens": 0}, "validate": {"every": 0.5, "batches": 1},
+        "checkpoint": {"every": 0.5},
+    }  # fmt: skip
     return Recipe(
         model=case["model"], data=Synthetic(case["vocab"], case["context"]), batch=case["batch"], dtype=case["dtype"],
-        techniques=techniques, duration=f"{steps} step", device="cpu", out=out, log={"tensorboard": False},
-        sample={"tokens": 0}, validate={"every": 0.5, "batches": 1}, checkpoint={"every": 0.5},
+        techniques=techniques, duration=f"{steps} step", device="cpu", out=out, **settings,
     )  # fmt: skip

@@ -140,14 +140,14 @@ class Trace(LiveBytes):
                     self.blocks[self._live[storage._cdata]].kind = kind  # pyright: ignore[reportPrivateUsage]
 
     def _phase(self) -> str:
-        node = torch._C._current_autograd_node()  # pyright: ignore
+        node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage]
         forward = torch.is_grad_enabled() or bool(self._stack)
         if node is not None:
             return "recompute" if forward else "backward"
         return "forward" if forward and self.part == "step" else self.part
 
     def _module(self) -> str:
-        node: Any = torch._C._current_autograd_node()  # pyright: ignore
+        node: Any = torch._C._current_autograd_node()  # pyright: ignore[reportPrivateUsage]
         if self._stack:
             # The node of this operator is made before it runs, so that its number is the last one given.
             if node is None:
@@ -160,8 +160,11 @@ class Trace(LiveBytes):
     def watching(self, model: nn.Module) -> Generator[None]:
         """Operators get the paths of the model's modules, and gradients are told from other memory."""
 
-        def enter(name: str) -> Callable[..., None]:
-            return lambda module, args: self._stack.append(name)
+        def enter(name: str) -> Callable[[nn.Module, Any], None]:
+            def push(module: nn.Module, args: Any) -> None:
+                self._stack.append(name)
+
+            return push
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self._stack.pop()
@@ -289,7 +292,7 @@ def peak(trace: Trace) -> tuple[Moment, list[tuple[int, str]]]:
 
 def moment(trace: Trace, at: int) -> Moment:
     """Memory after an event."""
-    kinds = dict.fromkeys(KINDS, 0)
+    kinds: dict[str, int] = dict.fromkeys(KINDS, 0)
     holders: dict[tuple[str, str], int] = {}
     for block in trace.blocks:
         if block.born <= at and (block.died < 0 or block.died > at):

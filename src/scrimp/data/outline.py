@@ -1,4 +1,7 @@
-"""The sizes of a corpus that is not built yet, for a plan: it must not tokenize ten gigabytes to count them."""
+"""The sizes of a corpus that is not at hand: not built yet, for a plan, or not needed, to use what was trained on it.
+
+Tokenizing ten gigabytes to say what a run needs is no plan.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+
+from scrimp.data.tokenizer import Tokenizer
 
 BYTES_PER_TOKEN: Final = {"bytes": 1.0, "bpe": 4.0}
 """Of usual text; of a given tokenizer as of a trained one."""
@@ -36,12 +41,12 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Outline:
-    """What a plan needs to know of a corpus."""
+    """What a plan needs to know of a corpus; with a `Tokenizer`, also what generating and exporting need."""
 
     train: Windows
     validation: Windows
-    tokenizer: Vocabulary
-    note: str
+    tokenizer: Vocabulary | Tokenizer
+    note: str = ""
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -189,7 +189,7 @@ def _families(x: Tensor, y: Tensor, out: Tensor, ids: Tensor) -> Iterator[tuple[
     yield "gather", 2 * size, lambda: torch.index_select(x, 0, ids, out=out)
     yield "scatter", 2 * size, lambda: a.embedding_dense_backward(x, ids, len(x), -1, False)
     yield "reduce", size, lambda: x.sum(0)
-    yield "update", 7 * size, lambda: torch._fused_adamw_(
+    yield "update", 7 * size, lambda: a._fused_adamw_(
         [out], [y], [moments[0]], [moments[1]], [], steps, lr=1e-9, beta1=0.9, beta2=0.99, weight_decay=0.0, eps=1.0,
         amsgrad=False, maximize=False,
     )  # fmt: skip

@@ -74,9 +74,11 @@ class Rates:
     def read(cls, path: Path) -> Rates | None:
         """From a file, or None if it holds none."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             known = {f.name for f in fields(cls)}
-            values = {k: [tuple(row) for row in v] if isinstance(v, list) else v for k, v in raw.items()}
+            values: dict[str, Any] = {
+                k: [tuple(row) for row in v] if isinstance(v, list) else v for k, v in raw.items()
+            }
             return cls(**values) if set(values) == known else None
         except (OSError, ValueError, TypeError):
             return None
