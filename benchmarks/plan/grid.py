@@ -51,12 +51,14 @@ def grid(names: list[str], example: Any) -> dict[str, Case]:
     cases: dict[str, Case] = {size: case(size) for size in SIZES}
     for size in SIZES:
         cases[f"{size}/fused"] = case(size, {"adamw": {}, "fused_loss": {}})
-    for name, changes in {
+    models: dict[str, Case] = {
         "half": {"batch": 4}, "double": {"batch": 16}, "short": {"context": 64}, "double-length": {"context": 512},
-        "untied": {"tied": False}, "llama": LLAMA, "llama-grouped": {**LLAMA, "kv_heads": 2}, "post": {"norm_at": "post"},
+        "untied": {"tied": False}, "llama": LLAMA, "llama-grouped": {**LLAMA, "kv_heads": 2},
+        "post": {"norm_at": "post"},
         "dropout": {"dropout": 0.1}, "relu": {"activation": "relu"}, "tanh": {"activation": "gelu_tanh"},
         "bfloat16": {"dtype": "bfloat16"}, "no-positions": {"positions": "none"}, "qk-norm": {"qk_norm": True},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, changes in models.items():
         cases[f"4m/{name}"] = case("4m", None, **changes)
     for name in ("llama", "untied"):
         cases[f"10m/{name}"] = case("10m", **(LLAMA if name == "llama" else {"tied": False}))
