@@ -162,6 +162,7 @@ def export(
 @app.command("eval")
 def eval_(run: RunPath, batches: Annotated[int, typer.Option(help="0 for the whole held-out set.")] = 0) -> None:
     """Measure a run on its held-out data."""
+    within("--batches", batches, "0 is the whole held-out set.")
     from scrimp.inference import evaluate
 
     for key, value in evaluate(run, batches).items():
@@ -177,6 +178,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
     """Generate text with a run."""
+    within("--tokens", tokens)
+    within("--temperature", temperature, "0 takes the likeliest token.")
+    within("--seed", seed)
     from scrimp.inference import continue_text
 
     typer.echo(continue_text(run, prompt, tokens, temperature, seed))
@@ -188,9 +192,23 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the plot.")] = Path("runs/demo"),
 ) -> None:
     """Train a small GPT twice, plainly and thriftily, and compare. At most five minutes on two cores."""
+    within("--steps", steps, "0 chooses for this machine.")
     from scrimp.demo import demo as run
 
     run(out, steps)
+
+
+def within(option: str, value: float, zero: str = "") -> None:
+    """Check a number of the command line.
+
+    Args:
+        zero: what 0 means, a sentence.
+    Raises:
+        UserError: if it is negative, no number, or too large for a generator's seed.
+    """
+    if not 0 <= value < 2**63:
+        bound = "below 2**63" if value > 0 else "at least 0"
+        raise UserError(f"must be {bound}, not {value}.", option, zero)
 
 
 def load(path: Path, overrides: list[str] | None) -> Recipe:

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer.main
 
 from scrimp.cli import app
+from scrimp.errors import UserError
 from scrimp.schema import schema
 
 HERE = Path(__file__).parent
@@ -76,3 +78,23 @@ def test_a_mistake_on_the_command_line_is_two_lines_and_exit_2(tmp_path: Path) -
         [sys.executable, "-m", "scrimp", "train", "none.yaml"], capture_output=True, text=True, cwd=tmp_path
     )
     assert "cannot read the recipe" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["eval", "runs/x", "--batches", "-3"],
+            "--batches: must be at least 0, not -3. 0 is",
+        ),
+        (["generate", "runs/x", "--tokens", "-1"], "--tokens: must be at least 0, not -1."),
+        (["generate", "runs/x", "--temperature", "nan"], "--temperature: must be at least 0"),
+        (["generate", "runs/x", "--temperature", "-1"], "not -1.0. 0 takes the likeliest token."),
+        (["generate", "runs/x", "--seed", "-1"], "--seed: must be at least 0"),
+        (["demo", "--steps", "-1"], "--steps: must be at least 0"),
+    ],
+)
+def test_numbers_of_the_command_line_have_bounds(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        app(words, standalone_mode=False)
+    assert message in str(error.value)
