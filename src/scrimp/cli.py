@@ -53,10 +53,15 @@ def train(
     from scrimp.progress import Progress
 
     lean()
-    if (recipe is None) == (resume is None):
+    if recipe is None and resume is None:
         raise UserError("give either a recipe or --resume RUN.", "scrimp train")
-    if resume is not None and (overrides or start is not None):
-        raise UserError("a resumed run keeps its recipe.", "scrimp train", "Use --extend, or a new run with --from.")
+    if resume is not None and (recipe is not None or start is not None):
+        what = "a resumed run keeps its recipe and its weights: no recipe, overrides or --from can be given with it."
+        fix = f"Use --extend to go on longer, or begin a new run: scrimp train RECIPE --from {resume}."
+        raise UserError(what, "--resume", fix)
+    if start is not None and (start / "config.json").is_file() and not (start / "recipe.yaml").exists():
+        fix = f"Write `model: {{from: {start}}}` in the recipe, without --from."
+        raise UserError(f"`{start}` is a Hugging Face folder, not a run.", "--from", fix)
     loaded = None if recipe is None else load(recipe, overrides)
     from scrimp.training import train as run
 

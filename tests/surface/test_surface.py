@@ -98,3 +98,19 @@ def test_numbers_of_the_command_line_have_bounds(words: list[str], message: str)
     with pytest.raises(UserError) as error:
         app(words, standalone_mode=False)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("words", [["steps=5"], ["recipe.yaml"], ["recipe.yaml", "steps=5"], ["--from", "runs/y"]])
+def test_a_resumed_run_takes_nothing_else(words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        app(["train", *words, "--resume", "runs/x"], standalone_mode=False)
+    assert "--resume: a resumed run keeps its recipe" in str(error.value)
+    assert "no recipe, overrides or --from can be given with it." in str(error.value)
+    assert "begin a new run: scrimp train RECIPE --from runs/x." in str(error.value)
+
+
+def test_a_hugging_face_folder_is_no_run_to_start_from(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        app(["train", "recipe.yaml", "--from", str(tmp_path)], standalone_mode=False)
+    assert f"Write `model: {{from: {tmp_path}}}` in the recipe, without --from." in str(error.value)
