@@ -30,6 +30,7 @@ GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
         ({"techniques": {"adamv": {}}}, "techniques.adamv: there is no technique `adamv`. Did you mean"),
         ({"techniques": {"adamw": {"lr": "fast"}}}, "techniques.adamw.lr: input should be a valid number"),
         ({"techniques": {"adamw": {"larning": 1}}}, "unknown setting `larning`"),
+        ({"techniques": {"adamw": {"learning_rate": 1}}}, "unknown setting `learning_rate`. Did you mean lr?"),
         ({"techniques": {"adamw": {}, "lion": {}}}, "`adamw` and `lion` both set the update rule. Drop one of them"),
         ({"techniques": {"clip": {}}}, "no technique sets the update rule. Add one of adamw"),
         ({"techniques": {"adamw": {}, "clip": {"norm": -1}}}, "techniques.clip: norm must"),
