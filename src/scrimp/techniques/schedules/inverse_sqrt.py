@@ -48,7 +48,7 @@ class InverseSqrt(Technique):
     """Time scale of the decay without a warm-up, after which the factor is sqrt(1/2)."""
 
     def __post_init__(self) -> None:
-        warmup, decay = Duration.parse(self.warmup).value, Duration.parse(self.decay).value
+        warmup, decay = (Duration.parse(getattr(self, n), n).value for n in ("warmup", "decay"))
         if warmup and decay:
             raise UserError("decay is for a run without a warm-up.", "", "Set warmup to 0, or drop decay.")
         if not warmup and not decay:

@@ -44,7 +44,7 @@ class WarmupLinear(Technique):
     """Factor at the end of the run."""
 
     def __post_init__(self) -> None:
-        Duration.parse(self.warmup)
+        Duration.parse(self.warmup, "warmup")
         if not 0 <= self.floor <= 1:
             raise UserError(f"floor must be between 0 and 1, not {self.floor}.")
 
