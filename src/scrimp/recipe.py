@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, cast
 
 import yaml
 
-from scrimp.arrange import clashes
+from scrimp.arrange import clashes, misfits
 from scrimp.clock import Duration
 from scrimp.errors import RecipeError, UserError, did_you_mean
 from scrimp.reading import Loader, dump_techniques, override, plain, read_techniques, validated
@@ -136,10 +136,11 @@ class Recipe:
     def __post_init__(self) -> None:
         """Resolve names and mappings; raise every fault at once."""
         faults: list[UserError] = []
-        for key, value in _resolve(self, faults).items():
-            object.__setattr__(self, key, value)
+        values = _resolve(self, faults)
         if faults:
             raise RecipeError(faults)
+        for key, value in (values | {"techniques": tuple(self.techniques)}).items():
+            object.__setattr__(self, key, value)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -227,12 +228,16 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
             Duration.parse(text, where)
         except UserError as error:
             faults.append(error)
-    values["techniques"] = tuple(recipe.techniques)
-    faults += clashes(recipe.techniques)
-    if not any("update rule" in t.card.sets for t in recipe.techniques):
-        fix = "Add one of adamw, adam, lion or sgd."
-        faults.append(UserError(NO_RULE, "techniques", fix))
+    faults += _team(recipe.techniques)
     return values
+
+
+def _team(techniques: Sequence[Technique]) -> list[UserError]:
+    """What keeps techniques from being trained with together."""
+    faults = misfits(techniques) or clashes(techniques)
+    if not faults and not any("update rule" in t.card.sets for t in techniques):
+        faults.append(UserError(NO_RULE, "techniques", "Add one of adamw, adam, lion or sgd."))
+    return faults
 
 
 def _out_of_range(values: Mapping[str, Any]) -> list[UserError]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from torch import nn
 
 import scrimp
 from scrimp.errors import UserError
@@ -57,3 +58,34 @@ def test_a_bad_number_says_which_setting_it_is(rule: str) -> None:
     for name in ("lr", "weight_decay"):
         with pytest.raises(UserError, match=rf"^techniques.{rule}: {name} must be at least 0, not -0.5.$"):
             technique_class(rule)(**{name: -0.5})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["lora"], "`lora` is a name, not a technique. Write `scrimp.LoRA()`."),
+        (["nothing"], "'nothing' is not a technique. Write for example `scrimp.Clip(norm=1.0)`."),
+        ([scrimp.LoRA], "`LoRA` is a class, not a technique. Write `LoRA()`, with its settings in the parentheses."),
+        (scrimp.LoRA(), "must be a list of techniques, not a single one. Write `[LoRA(...)]`."),
+        ({"lora": {}}, "must be a list of techniques, not {'lora': {}}. Write for example"),
+        ("lora", "must be a list of techniques, not 'lora'. Write for example"),
+    ],
+)
+def test_what_is_given_instead_of_techniques(given: Any, words: str) -> None:
+    with pytest.raises(UserError) as applied:
+        scrimp.apply(nn.Linear(2, 2), given)
+    assert str(applied.value).startswith(f"apply: {words}")
+    with pytest.raises(UserError) as made:
+        scrimp.Recipe(techniques=given)
+    assert f"techniques: {words}" in str(made.value)
+
+
+def test_apply_says_what_it_needs() -> None:
+    with pytest.raises(UserError, match="apply: needs an nn.Module to work on"):
+        scrimp.apply([scrimp.LoRA()], nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"`clip` acts in `step`, which your own loop does not have. Use scrimp.train.$"
+    ):
+        scrimp.apply(nn.Linear(2, 2), [scrimp.Clip()])
+    with pytest.raises(UserError, match="Use scrimp.train, or its optimizer class by itself"):
+        scrimp.apply(nn.Linear(2, 2), [scrimp.Lion()])
