@@ -134,9 +134,18 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
             _put(values, ["model", "preset"] if key == "model" else key.split("."), value)
     if named is not None:
         values["techniques"] = named
-    if "steps" in values:
-        values["duration"] = f"{values.pop('steps')} step"
-    return values, faults
+    return _with_duration(values, set(raw), {word.partition("=")[0] for word in words}, faults), faults
+
+
+def _with_duration(values: dict[str, Any], file: set[str], line: set[str], faults: list[UserError]) -> dict[str, Any]:
+    """`steps: N` as `duration: N step`. The command line's wins over the file's; two of one place are a fault."""
+    for given, place in ((line, "command line"), (file, "steps")):
+        if {"steps", "duration"} <= given:
+            faults.append(UserError("`steps` and `duration` are both given.", place, "Keep one of them."))
+    steps = values.pop("steps", None)
+    if steps is not None and not ("duration" in line and "steps" not in line):
+        values["duration"] = f"{steps} step"
+    return values
 
 
 def _pairs(techniques: Any) -> list[tuple[str, Any]]:

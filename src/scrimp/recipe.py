@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Final, cast
 
 import yaml
 
-from scrimp.arrange import clashes, misfits
-from scrimp.clock import Duration
+from scrimp import rules
 from scrimp.errors import RecipeError, UserError, did_you_mean
 from scrimp.reading import Loader, dump_techniques, override, plain, read_techniques, validated
 from scrimp.registry import BUILT_IN, component, component_name, modules
@@ -22,10 +21,6 @@ from scrimp.technique import Technique
 
 GROUPS: Final = {"model": "models", "data": "datasets", "task": "tasks"}
 """Sections of a recipe that name a part, and where such parts are registered."""
-LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep": 1, "stop.patience": 0,
-                "sample.tokens": 0, "sample.temperature": 0}  # fmt: skip
-"""The smallest value of numbers that have one."""
-NO_RULE: Final = "no technique sets the update rule."
 STRICT: Final[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
@@ -179,7 +174,7 @@ class Recipe:
             recipe = cls(**values)
         except RecipeError as error:
             # A technique that could not be read may well have been the update rule.
-            faults += [f for f in error.faults if not (more and f.what == NO_RULE)]
+            faults += [f for f in error.faults if not (more and f.what == rules.NO_RULE)]
             recipe = None
         if recipe is None or faults:
             raise RecipeError(faults)
@@ -216,45 +211,10 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
         kind = {"groups": dict[str, GroupRule], "validate": Validate, "checkpoint": Checkpoint, "log": Log,
                 "stop": Stop, "sample": Sample, "batch": int, "seed": int}.get(f.name, str)  # fmt: skip
         if f.name == "duration" and isinstance(value, int | float):
-            value = f"{value} step"
+            value = f"{value} step" if float(value).is_integer() else str(value)
         values[f.name] = validated(kind, value, f.name, faults)
-    faults += _out_of_range(values)
-    for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "float64", "bfloat16"))):
-        if values[key] not in known:
-            faults.append(UserError(f"`{values[key]}` is not one of {', '.join(known)}.", key))
-    for where, text in (("duration", values["duration"]), ("validate.every", recipe_part(values, "validate")),
-                        ("checkpoint.every", recipe_part(values, "checkpoint"))):  # fmt: skip
-        try:
-            Duration.parse(text, where)
-        except UserError as error:
-            faults.append(error)
-    faults += _team(recipe.techniques)
+    faults += rules.broken(values, recipe.techniques)
     return values
-
-
-def _team(techniques: Sequence[Technique]) -> list[UserError]:
-    """What keeps techniques from being trained with together."""
-    faults = misfits(techniques) or clashes(techniques)
-    if not faults and not any("update rule" in t.card.sets for t in techniques):
-        faults.append(UserError(NO_RULE, "techniques", "Add one of adamw, adam, lion or sgd."))
-    return faults
-
-
-def _out_of_range(values: Mapping[str, Any]) -> list[UserError]:
-    faults: list[UserError] = []
-    for where, least in LEAST.items():
-        section, _, name = where.rpartition(".")
-        value = getattr(values[section], name, None) if section else values[name]
-        if value is not None and not value >= least:
-            faults.append(UserError(f"must be at least {least}, not {value}.", where))
-    if values["seed"] is not None and values["seed"] >= 2**63:
-        faults.append(UserError("must be below 2**63.", "seed"))
-    return faults
-
-
-def recipe_part(values: Mapping[str, Any], key: str) -> Any:
-    """The interval of a section, or 0 when the section itself was faulty."""
-    return getattr(values[key], "every", 0)
 
 
 def words(mapping: Mapping[Any, Any]) -> dict[str, Any]:

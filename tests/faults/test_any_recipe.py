@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from scrimp.errors import UserError
 from scrimp.reading import Loader
-from scrimp.recipe import LEAST, Recipe
+from scrimp.recipe import Recipe
 from scrimp.registry import modules, technique_class
+from scrimp.rules import LEAST
 from scrimp.training import train
 from tiny import recipe
 

@@ -36,6 +36,22 @@ GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
         ({"techniques": {"adamw": {}, "clip": {"norm": -1}}}, "techniques.clip: norm must"),
         ({"techniques": ["adamw", "adamw"]}, "`adamw` appears twice"),
         ({"duration": "5 minutes"}, "duration: `5 minutes` is not a duration. Write it as"),
+        (
+            {"duration": 0.25},
+            "duration: `0.25` has no unit, and a run's own duration cannot be a fraction of it. Write",
+        ),
+        ({"duration": "0.25"}, "duration: `0.25` has no unit, and a run's own duration cannot be a fraction of it."),
+        ({"duration": "0 step"}, "duration: `0 step` trains nothing. Write how long it is"),
+        ({"duration": 0}, "duration: `0 step` trains nothing."),
+        ({"steps": 0}, "duration: `0 step` trains nothing."),
+        ({"duration": "9 step", "steps": 9}, "steps: `steps` and `duration` are both given. Keep one of them."),
+        (
+            {"checkpoint": {"best": True}, "validate": {"every": "0 step"}},
+            "checkpoint.best: keeps the checkpoint of the lowest",
+        ),
+        ({"stop": {"patience": 2}, "validate": {"batches": 0}}, "stop.patience: waits for the lowest validation loss,"),
+        ({"name": "a/b"}, "name: `a/b` is not the name of a folder. Set `out`"),
+        ({"name": ".."}, "name: `..` is not the name of a folder."),
         ({"batch": 0}, "batch: must be at least 1"),
         ({"device": "tpu"}, "device: `tpu` is not one of auto, cpu, cuda"),
         ({"data": {"holdout": 2}}, "data: holdout must be between 0 and 1"),
@@ -64,6 +80,15 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     again = Recipe.load(path, ["lion.lr=3e-4", "adamw=off", "steps=200", "data.context=64", "clip=on"])
     assert {t.name for t in again.techniques} == {"lion", "clip"}
     assert (again.duration, again.data.context) == ("200 step", 64)
+
+
+def test_the_command_lines_duration_wins() -> None:
+    for raw in ({"duration": "9 tok"}, {"steps": 9}):
+        assert Recipe.read(GOOD | raw, ["steps=5"]).duration == "5 step"
+        assert Recipe.read(GOOD | raw, ["duration=5 tok"]).duration == "5 tok"
+    assert Recipe.read(GOOD | {"duration": 7}).duration == "7 step"
+    with pytest.raises(RecipeError, match="command line: `steps` and `duration` are both given"):
+        Recipe.read(GOOD, ["steps=5", "duration=5 tok"])
 
 
 @pytest.mark.parametrize(
