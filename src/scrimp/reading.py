@@ -17,10 +17,12 @@ from scrimp.technique import Technique
 
 
 def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
-    """Techniques from a mapping `{name: settings}` or a list of names and one-entry mappings."""
+    """Techniques from a mapping `{name: settings}`, a list of names and one-entry mappings, or a single name."""
     faults: list[UserError] = []
     pairs: list[tuple[str, Any]] = []
-    if isinstance(raw, Mapping):
+    if isinstance(raw, str):
+        pairs = [(raw, {})]
+    elif isinstance(raw, Mapping):
         pairs = [(str(name), settings) for name, settings in raw.items()]
     elif isinstance(raw, list | tuple):
         for i, item in enumerate(raw):
@@ -34,7 +36,8 @@ def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
                 fix = "Write `- lion` or `- lion: {lr: 1e-4}`."
                 faults.append(UserError(f"is not a technique: {item!r}.", f"techniques[{i}]", fix))
     else:
-        faults.append(UserError(f"must be a mapping or a list, not {raw!r}.", "techniques"))
+        fix = "Write for example `{adamw: {lr: 1e-3}}`."
+        faults.append(UserError(f"must be a mapping or a list, not {raw!r}.", "techniques", fix))
     found: list[Technique] = []
     for name, settings in pairs:
         where = f"techniques.{name}"
@@ -104,8 +107,7 @@ def plain(value: Any) -> Any:
 def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[UserError]]:
     """Apply `key=value` words: `batch=8`, `steps=200`, `lion.lr=3e-4`, `adamw=off`, `data.context=128`."""
     values, faults = {str(key): item for key, item in raw.items()}, list[UserError]()
-    techniques = values.get("techniques") or {}
-    named = dict(_pairs(techniques)) if not isinstance(techniques, list) or _unique(techniques) else None
+    named = _by_name(values.get("techniques") or {})
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -125,13 +127,14 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
             else:
                 _put(named, [head, *rest], value)
         elif head in modules():
-            fix = "Edit the recipe: a technique appears twice in it."
+            fix = "Edit the recipe: a technique appears twice in its list."
             faults.append(UserError(f"cannot tell which `{head}` is meant.", "command line", fix))
         elif key.startswith("techniques"):
             fix = did_you_mean(head, modules())
             faults.append(UserError(f"there is no technique `{head}`.", "command line", fix))
         else:
-            _put(values, ["model", "preset"] if key == "model" else key.split("."), value)
+            preset = key == "model" and isinstance(value, str)
+            _put(values, ["model", "preset"] if preset else key.split("."), value)
     if named is not None:
         values["techniques"] = named
     return _with_duration(values, set(raw), {word.partition("=")[0] for word in words}, faults), faults
@@ -148,16 +151,21 @@ def _with_duration(values: dict[str, Any], file: set[str], line: set[str], fault
     return values
 
 
-def _pairs(techniques: Any) -> list[tuple[str, Any]]:
-    items = techniques.items() if isinstance(techniques, Mapping) else []
-    if isinstance(techniques, list):
-        items = [next(iter(t.items())) if isinstance(t, Mapping) and len(t) == 1 else (str(t), {}) for t in techniques]
-    return [(str(name), settings) for name, settings in items]
-
-
-def _unique(techniques: list[Any]) -> bool:
-    names = [name for name, _ in _pairs(techniques)]
-    return len(set(names)) == len(names) and not any(isinstance(t, Technique) for t in techniques)
+def _by_name(techniques: Any) -> dict[str, Any] | None:
+    """Techniques as a mapping that overrides can change; None where a name says too little, or something is wrong."""
+    if isinstance(techniques, str):
+        return {techniques: {}}
+    if isinstance(techniques, Mapping):
+        return {str(name): settings for name, settings in techniques.items()}
+    if not isinstance(techniques, list):
+        return None
+    named: dict[str, Any] = {}
+    for item in techniques:
+        pair = {item: {}} if isinstance(item, str) else item
+        if not isinstance(pair, Mapping) or len(pair) != 1 or str(next(iter(pair))) in named:
+            return None
+        named |= {str(name): settings for name, settings in pair.items()}
+    return named
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:

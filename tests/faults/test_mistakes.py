@@ -34,6 +34,9 @@ GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
         ({"techniques": {"adamw": {}, "lion": {}}}, "`adamw` and `lion` both set the update rule. Drop one of them"),
         ({"techniques": {"clip": {}}}, "no technique sets the update rule. Add one of adamw"),
         ({"techniques": {"adamw": {}, "clip": {"norm": -1}}}, "techniques.clip: norm must"),
+        ({"techniques": "adamv"}, "techniques.adamv: there is no technique `adamv`. Did you mean adam"),
+        ({"techniques": 5}, "techniques: must be a mapping or a list, not 5. Write for example `{adamw: {lr: 1e-3}}`."),
+        ({"techniques": [{"adamw": {}, "clip": {}}]}, "techniques[0]: is not a technique: {'adamw': {}, 'clip': {}}."),
         ({"techniques": ["adamw", "adamw"]}, "`adamw` appears twice"),
         ({"duration": "5 minutes"}, "duration: `5 minutes` is not a duration. Write it as"),
         (
@@ -80,6 +83,19 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     again = Recipe.load(path, ["lion.lr=3e-4", "adamw=off", "steps=200", "data.context=64", "clip=on"])
     assert {t.name for t in again.techniques} == {"lion", "clip"}
     assert (again.duration, again.data.context) == ("200 step", 64)
+
+
+def test_a_single_technique_may_be_a_word() -> None:
+    assert [t.name for t in Recipe.read({"techniques": "adamw"}).techniques] == ["adamw"]
+    assert [t.name for t in Recipe.read({"techniques": "adamw"}, ["clip=on", "adamw.lr=1"]).techniques] == [
+        "adamw",
+        "clip",
+    ]
+
+
+def test_a_model_on_the_command_line_is_a_preset_or_a_mapping() -> None:
+    assert Recipe.read(GOOD | {"model": {"layers": 2}}, ["model=gpt-1m"]).model.layers == 2
+    assert Recipe.read(GOOD, ["model={layers: 3}"]).model.layers == 3
 
 
 def test_the_command_lines_duration_wins() -> None:
