@@ -56,7 +56,8 @@ class InverseSqrt(Technique):
 
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, d, s = (run.clock.fraction(duration) for duration in (self.warmup, self.decay, "1 step"))
+        w = run.clock.share(self.warmup, "warm-up", run.where(self, "warmup"))
+        d, s = run.clock.fraction(self.decay), run.clock.fraction("1 step")
 
         def shape(p: float) -> float:
             t = p + s

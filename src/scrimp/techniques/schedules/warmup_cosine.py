@@ -51,7 +51,7 @@ class WarmupCosine(Technique):
 
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, s = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
+        w, s = run.clock.share(self.warmup, "warm-up", run.where(self, "warmup")), run.clock.fraction("1 step")
 
         def shape(p: float) -> float:
             if p < w:
