@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from scrimp.errors import UserError, did_you_mean
 from scrimp.registry import modules, technique_class
 from scrimp.technique import Technique
+from scrimp.wording import in_words
 
 
 def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
@@ -76,21 +77,8 @@ def validated(kind: Any, value: Any, where: str, faults: list[UserError]) -> Any
     except UserError as error:
         faults.append(error if error.where else UserError(error.what, where, error.fix))
     except ValidationError as error:
-        for detail in error.errors():
-            faults.append(_fault(kind, detail, where))
+        faults += in_words(kind, error.errors(), where)
     return None
-
-
-def _fault(kind: Any, detail: Any, where: str) -> UserError:
-    path = ".".join([where, *(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "union")))])
-    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
-        return UserError(f"unknown setting `{detail['loc'][-1]}`.", path, did_you_mean(str(detail["loc"][-1]), known))
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return UserError(cause.what, cause.where or path, cause.fix)
-    message = str(cause) if cause is not None else f"{detail['msg']} (got {detail['input']!r})"
-    return UserError(message[0].lower() + message[1:] + ("" if message.endswith(".") else "."), path)
 
 
 def plain(value: Any) -> Any:
