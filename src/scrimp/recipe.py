@@ -225,18 +225,38 @@ def words(mapping: Mapping[Any, Any]) -> dict[str, Any]:
 def _component(group: str, where: str, value: Any, faults: list[UserError]) -> Any:
     if is_dataclass(value):
         return value
-    if isinstance(value, str):
-        value = {"preset" if group == "models" else "name": value}
+    word = value if isinstance(value, str) else ""
+    if word:
+        value = {"preset" if group == "models" else "name": word}
     if not isinstance(value, Mapping):
         faults.append(UserError(f"must be a name or a mapping, not {value!r}.", where))
         return None
     settings = words(cast(Any, value))
+    given = dict(settings)
     try:
         kind = component(group, str(settings.pop("name", next(iter(BUILT_IN[group])))), where)
         expand = getattr(kind, "expand", None)
         if expand is not None:
             settings = expand(settings, where)
     except UserError as error:
-        faults += error.faults if isinstance(error, RecipeError) else [error]
+        found = error.faults if isinstance(error, RecipeError) else [error]
+        faults += [_hinted(_placed(fault, where, given), where, word) for fault in found]
         return None
     return validated(kind, settings, where, faults)
+
+
+def _placed(error: UserError, where: str, given: Mapping[str, Any]) -> UserError:
+    """An error about a file that a part names: its place in the recipe, and the file."""
+    if error.where.startswith(where):
+        return error
+    named = [key for key, value in given.items() if isinstance(value, str) and value and error.where.startswith(value)]
+    place = ".".join([where, *named[:1]])
+    return UserError(error.what, f"{place} ({error.where})" if error.where else place, error.fix)
+
+
+def _hinted(error: UserError, where: str, word: str) -> UserError:
+    """An error about an unknown name: the name may have been meant as a path."""
+    key = {"data": "source", "model": "from"}.get(where)
+    if key is None or not word or not ("/" in word or Path(word).expanduser().exists()):
+        return error
+    return UserError(error.what, error.where, f"For a path write `{where}: {{{key}: {word}}}`.")

@@ -48,7 +48,7 @@ def _fault(kind: Any, place: tuple[Any, ...], details: list[Any], where: str) ->
     if first["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         return UserError(f"`{first['input']}` is not one of {', '.join(known)}.", path)
-    if first["type"] == "missing" and isinstance(first["input"], dict):
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         return UserError("must be given.", path)
     default = _default(kind, place)
     words = dict.fromkeys(_expected(detail["type"], default) for detail in details)

@@ -115,6 +115,30 @@ def test_numbers_are_numbers(tmp_path: Path) -> None:
     assert (again.duration, again.data.context) == ("200 step", 64)
 
 
+@pytest.mark.parametrize(("key", "inner"), [("data", "source"), ("model", "from")])
+def test_a_path_instead_of_a_name_is_told_where_paths_go(
+    key: str, inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for word in ("texts", "./elsewhere"):
+        with pytest.raises(RecipeError) as error:
+            Recipe.read(GOOD | {key: word})
+        assert f"For a path write `{key}: {{{inner}: {word}}}`." in str(error.value)
+    with pytest.raises(RecipeError) as error:
+        Recipe.read(GOOD | {key: "txt"})
+    assert "For a path" not in str(error.value)
+
+
+def test_a_file_that_a_model_names_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model.from \(nofolder\): there is no config.json"):
+        Recipe.read(GOOD | {"model": {"from": "nofolder"}})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RecipeError) as error:
+        Recipe.read(GOOD | {"model": {"from": str(tmp_path)}})
+    assert f"model.from ({tmp_path}/config.json): is not valid JSON" in str(error.value)
+
+
 def test_a_single_technique_may_be_a_word() -> None:
     assert [t.name for t in Recipe.read({"techniques": "adamw"}).techniques] == ["adamw"]
     assert [t.name for t in Recipe.read({"techniques": "adamw"}, ["clip=on", "adamw.lr=1"]).techniques] == [
