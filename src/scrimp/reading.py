@@ -6,6 +6,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -162,6 +163,16 @@ def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
         inner = {"preset": inner} if isinstance(inner, str) and part == "model" else inner
         values[part] = values = dict(inner) if isinstance(inner, Mapping) else {}
     values[path[-1]] = value
+
+
+def not_yaml(error: Exception, path: Path) -> UserError:
+    """What the YAML reader said, with the file, the line and the column."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return UserError(f"is not valid YAML: {' '.join(str(error).split())}.", str(path))
+    mark = error.problem_mark or error.context_mark
+    place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+    context = f"{error.context} of line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
+    return UserError(f"is not valid YAML: {', '.join(filter(None, (context, error.problem)))}.", place)
 
 
 class Loader(yaml.SafeLoader):

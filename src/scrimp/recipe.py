@@ -15,7 +15,7 @@ import yaml
 
 from scrimp import rules
 from scrimp.errors import RecipeError, UserError, did_you_mean
-from scrimp.reading import Loader, dump_techniques, override, plain, read_techniques, validated
+from scrimp.reading import Loader, dump_techniques, not_yaml, override, plain, read_techniques, validated
 from scrimp.registry import BUILT_IN, component, component_name, modules
 from scrimp.technique import Technique
 
@@ -151,9 +151,9 @@ class Recipe:
         except OSError as error:
             raise UserError(f"cannot read the recipe: {error.strerror}.", str(path)) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from None
+            raise not_yaml(error, path) from None
         if not isinstance(raw, dict):
-            raise UserError("is not a recipe: the top level must be a mapping.", str(path))
+            raise UserError("is not a recipe: the top level must be a mapping.", str(path), "Write `key: value` lines.")
         return cls.read(words(cast(Any, raw)), overrides)
 
     @classmethod
@@ -247,7 +247,7 @@ def _component(group: str, where: str, value: Any, faults: list[UserError]) -> A
 
 def _placed(error: UserError, where: str, given: Mapping[str, Any]) -> UserError:
     """An error about a file that a part names: its place in the recipe, and the file."""
-    if error.where.startswith(where):
+    if error.where == where or error.where.startswith(f"{where}."):
         return error
     named = [key for key, value in given.items() if isinstance(value, str) and value and error.where.startswith(value)]
     place = ".".join([where, *named[:1]])

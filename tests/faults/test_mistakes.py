@@ -173,6 +173,20 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str, words: str) -> Non
         Recipe.load(path)
 
 
+def test_a_fault_of_yaml_says_file_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("batch: 8\ntechniques: {adamw: {lr: 1e-3}\nseed: 1\n")
+    with pytest.raises(UserError) as error:
+        Recipe.load(path)
+    assert str(error.value).startswith(
+        f"{path}, line 3, column 1: is not valid YAML: while parsing a flow mapping of line 2"
+    )
+    assert "unicode string" not in str(error.value)
+    path.write_text("a: 1\na: 2")
+    with pytest.raises(UserError, match=r"r.yaml, line 2, column 1: is not valid YAML: the key `a` is given twice"):
+        Recipe.load(path)
+
+
 def test_a_loss_that_is_no_number_stops_with_step_and_parameter() -> None:
     made = recipe(example("sgd", lr=1e30), dtype="float32")
     with pytest.raises(UserError) as error:
