@@ -12,7 +12,7 @@ import torch
 from scrimp.errors import RecipeError, UserError
 from scrimp.recipe import Recipe
 from scrimp.training import train
-from tiny import TinyData, example, recipe
+from tiny import MODEL, TinyData, example, recipe, run_of
 
 GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
 
@@ -220,9 +220,15 @@ def test_early_stop_and_best(tmp_path: Path) -> None:
 
 
 def test_a_new_run_may_start_from_old_weights(tmp_path: Path) -> None:
-    from tiny import run_of
-
     made = recipe(out=str(tmp_path), name="old")
     old = train(made, data=TinyData().open())
     fresh = run_of(recipe(example("adamw")), source={"model": old.run.state()["model"]})
     assert torch.equal(fresh.model.get_parameter("embed.weight"), old.run.model.get_parameter("embed.weight"))
+
+
+def test_weights_of_another_shape_say_what_to_give() -> None:
+    weights = run_of(recipe(example("adamw"))).state()["model"]
+    with pytest.raises(UserError) as error:
+        run_of(recipe(example("adamw"), model=MODEL | {"width": 16}), source={"model": weights})
+    assert "misshapen: embed.weight [32, 32] instead of [32, 16]" in str(error.value)
+    assert "Give the `model`, and the `data.tokenizer` and `data.vocab`, that the weights" in str(error.value)
