@@ -63,8 +63,11 @@ def train(
         fix = f"Write `model: {{from: {start}}}` in the recipe, without --from."
         raise UserError(f"`{start}` is a Hugging Face folder, not a run.", "--from", fix)
     loaded = None if recipe is None else load(recipe, overrides)
+    from scrimp.rules import notes
     from scrimp.training import train as run
 
+    for line in notes(loaded) if loaded is not None and start is None else ():
+        typer.echo(line, err=True)
     with Progress(sys.stdout) as view:
         result = run(loaded, resume=resume, extend=extend, start=start, observe=view)
     if result.reason == "interrupted":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from scrimp.arrange import clashes, misfits
 from scrimp.clock import Duration
 from scrimp.errors import UserError
+
+if TYPE_CHECKING:
+    from scrimp.recipe import Recipe
 
 LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep": 1, "stop.patience": 0,
                 "sample.tokens": 0, "sample.temperature": 0}  # fmt: skip
@@ -27,6 +30,18 @@ def broken(values: Mapping[str, Any], techniques: Any) -> list[UserError]:
     """
     rules = (_bounds, _choices, _durations, _name, _validation)
     return [fault for rule in rules for fault in rule(values)] + _together(techniques)
+
+
+def notes(recipe: Recipe) -> list[str]:
+    """What is allowed in a run that starts from nothing, and hardly meant: a line each."""
+    if getattr(recipe.model, "source", None) != "":
+        return []
+    start = "Start from a folder (`model: {from: FOLDER}`) or from a run (--from RUN)"
+    return [
+        f"Note: `{technique.name}` freezes all other weights, and they are random. {start}."
+        for technique in recipe.techniques
+        if technique.card.trains
+    ]
 
 
 def value_of(values: Mapping[str, Any], path: str) -> Any:

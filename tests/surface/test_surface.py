@@ -114,3 +114,20 @@ def test_a_hugging_face_folder_is_no_run_to_start_from(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         app(["train", "recipe.yaml", "--from", str(tmp_path)], standalone_mode=False)
     assert f"Write `model: {{from: {tmp_path}}}` in the recipe, without --from." in str(error.value)
+
+
+def test_adapters_on_random_weights_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("one two three\n\n" * 900)
+    Path("r.yaml").write_text(
+        "model: {layers: 1, width: 16, heads: 2}\nduration: 1 step\nbatch: 2\ntechniques: {sgd: {}, lora: {}}\n"
+        "data: {source: text.txt, tokenizer: bytes, context: 16, holdout: 0.3}\nlog: {tensorboard: false}\n"
+    )
+    note = "Note: `lora` freezes all other weights, and they are random. Start from a folder (`model: {from: FOLDER}`)"
+    train = [sys.executable, "-m", "scrimp", "train", "r.yaml"]
+    assert note in subprocess.run(train, capture_output=True, text=True, check=True).stderr
+    plain = subprocess.run([*train, "lora=off"], capture_output=True, text=True, check=True)
+    assert "Note" not in plain.stderr
+    assert plain.stdout.splitlines()[-1].strip()
+    begun = subprocess.run([*train, "--from", "runs/run-sgd-2"], capture_output=True, text=True, check=True)
+    assert "Note" not in begun.stderr
