@@ -58,11 +58,11 @@ def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
 
 
 def dump_techniques(techniques: Sequence[Technique]) -> Any:
-    """As `read_techniques` reads them back."""
+    """As `read_techniques` reads them back, with every setting: a later version's defaults change no run of today."""
     names = [t.name for t in techniques]
     if len(set(names)) == len(names):
-        return {t.name: plain(t.settings()) for t in techniques}
-    return [{t.name: plain(t.settings())} for t in techniques]
+        return {t.name: plain(t) for t in techniques}
+    return [{t.name: plain(t)} for t in techniques]
 
 
 @cache

@@ -146,3 +146,13 @@ def test_a_seed_that_torch_cannot_take_is_told() -> None:
 def test_no_batches_are_no_validation() -> None:
     result = train(recipe(duration="2 step", validate={"every": "1 step", "batches": 0}), save=False)
     assert (result.run.clock.step, result.validation) == (2, {})
+
+
+def test_a_resolved_recipe_says_every_setting() -> None:
+    for name in modules():
+        rule = {} if "update rule" in technique_class(name).card.sets else {"sgd": {}}
+        text = Recipe.read({"techniques": {name: {}} | rule}).yaml()
+        written = yaml.load(text, Loader=Loader)["techniques"][name]
+        assert set(written) == {f.name for f in dataclasses.fields(technique_class(name))}
+    again = Recipe.read(yaml.load(Recipe.read({"techniques": {"adamw": {}}}).yaml(), Loader=Loader))
+    assert again == Recipe.read({"techniques": {"adamw": {}}})
