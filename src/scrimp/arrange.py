@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from scrimp.errors import RecipeError, UserError
 from scrimp.registry import classes
@@ -52,7 +52,7 @@ def misfits(techniques: Any, where: str = "techniques") -> list[UserError]:
     if not isinstance(techniques, list | tuple):
         fix = "Write for example `[scrimp.Clip(norm=1.0)]`; scrimp.Recipe.read takes mappings and names."
         return [UserError(f"must be a list of techniques, not {techniques!r}.", where, fix)]
-    return [fault for item in techniques for fault in _misfit(item, where)]
+    return [fault for item in cast(Sequence[Any], techniques) for fault in _misfit(item, where)]
 
 
 def _misfit(item: Any, where: str) -> list[UserError]:

@@ -27,7 +27,8 @@ NAMES = ["warmup_cosine", "warmup_linear", "inverse_sqrt", "wsd"]
 def shape_of(name: str, duration: str, **settings: Any) -> Callable[[float], float]:
     """A technique's factor, for a run of some length with 8 tokens a step."""
     clock = Clock.plan(Duration.parse(duration), batch=2, tokens=4, items=100)
-    run = SimpleNamespace(clock=clock, where=partial(Run.where, None))
+    nothing: Any = None
+    run = SimpleNamespace(clock=clock, where=partial(Run.where, nothing))
     return technique_class(name)(**settings).schedule(lambda p: 1.0, run)  # type: ignore[arg-type]
 
 
