@@ -119,14 +119,19 @@ class Recipe:
     groups: dict[str, GroupRule] = field(default_factory=dict[str, GroupRule])
     """pattern of parameters -> multipliers of learning rate and decay."""
     validate: Validate = field(default_factory=Validate)
+    """When and on how much the held-out loss is measured."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """When snapshots are written and which are kept."""
     log: Log = field(default_factory=Log)
+    """Where metrics go besides metrics.jsonl."""
     stop: Stop = field(default_factory=Stop)
+    """When to stop before the end."""
     sample: Sample = field(default_factory=Sample)
+    """What is generated when a run ends."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
     name: str = ""
-    """Of the run's folder; made from the model and the techniques when empty."""
+    """Of the run's folder, which is numbered when it is taken; `run-` and the update rules when empty."""
 
     def __post_init__(self) -> None:
         """Resolve names and mappings; raise every fault at once."""
@@ -249,7 +254,9 @@ def _placed(error: UserError, where: str, given: Mapping[str, Any]) -> UserError
     """An error about a file that a part names: its place in the recipe, and the file."""
     if error.where == where or error.where.startswith(f"{where}."):
         return error
-    named = [key for key, value in given.items() if isinstance(value, str) and value and error.where.startswith(value)]
+    texts = {key: value for key, value in given.items() if isinstance(value, str) and value}
+    # A path may have been cleaned since: ./folder is folder.
+    named = [key for key, text in texts.items() if error.where.startswith((text, str(Path(text))))]
     place = ".".join([where, *named[:1]])
     return UserError(error.what, f"{place} ({error.where})" if error.where else place, error.fix)
 

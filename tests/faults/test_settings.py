@@ -42,8 +42,8 @@ class Own(Technique):
         (lambda: scrimp.LoRA(rank=True), "techniques.lora.rank: must be a whole number, not True."),
         (lambda: scrimp.LoRA(targets=["mlp"]), "techniques.lora.targets: must be a text, not ['mlp']."),
         (lambda: scrimp.WarmupCosine(warmup="soon"), "techniques.warmup_cosine.warmup: `soon` is not a duration."),
-        (lambda: Own(**{"share": "a"}), ".share: must be a number, not 'a'."),
-        (lambda: Own(**{"until": None}), ".until: must be a duration, not None."),
+        (lambda: Own(share="a"), ".share: must be a number, not 'a'."),  # type: ignore[arg-type]
+        (lambda: Own(until=None), ".until: must be a duration, not None."),  # type: ignore[arg-type]
         (lambda: Own(share=2), "techniques.test_settings: share must be at most 1."),
     ],
 )
