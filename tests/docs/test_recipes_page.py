@@ -45,9 +45,7 @@ def test_the_words_of_the_command_line_do_what_the_page_says() -> None:
             Recipe.read(RAW, ["adamw=off", word] if "lion" in word else [word])
     changed = Recipe.read(RAW, ["adamw.lr=1", "model=gpt-10m", "steps=5", "clip.norm=3", "steps=200"])
     assert (changed.model.layers, changed.model.width, changed.duration) == (2, 384, "200 step")
-    rule = {t.name: t for t in changed.techniques}["adamw"]
-    assert isinstance(rule, scrimp.AdamW)
-    assert (rule.lr, rule.eps) == (1, 1e-6)
+    assert scrimp.AdamW(lr=1.0, eps=1e-6) in changed.techniques
     reset = Recipe.read(RAW, ["adamw=on", "groups={'embed.*': {lr: 0.5}}"])
     assert reset.techniques == (scrimp.AdamW(),)
     assert reset.groups["embed.*"].lr == 0.5
