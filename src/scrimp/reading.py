@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -16,6 +16,9 @@ from scrimp.errors import UserError, did_you_mean
 from scrimp.registry import modules, technique_class
 from scrimp.technique import Technique
 from scrimp.wording import in_words
+
+NAMED: Final = {"model": "preset", "data": "name", "task": "name"}
+"""Sections that may be a single word -> the key that the word stands for."""
 
 
 def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
@@ -118,6 +121,8 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
         elif head in modules():
             fix = "Edit the recipe: a technique appears twice in its list."
             faults.append(UserError(f"cannot tell which `{head}` is meant.", "command line", fix))
+        elif key == "techniques":
+            values["techniques"], named = value, _by_name(value or {})
         elif key.startswith("techniques"):
             fix = did_you_mean(head, modules())
             faults.append(UserError(f"there is no technique `{head}`.", "command line", fix))
@@ -160,7 +165,8 @@ def _by_name(techniques: Any) -> dict[str, Any] | None:
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for part in path[:-1]:
         inner = values.get(part)
-        inner = {"preset": inner} if isinstance(inner, str) and part == "model" else inner
+        if isinstance(inner, str) and part in NAMED:
+            inner = {NAMED[part]: inner}
         values[part] = values = dict(inner) if isinstance(inner, Mapping) else {}
     values[path[-1]] = value
 

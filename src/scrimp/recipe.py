@@ -154,7 +154,8 @@ class Recipe:
         try:
             raw: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
         except OSError as error:
-            raise UserError(f"cannot read the recipe: {error.strerror}.", str(path)) from None
+            fix = "The recipe's file comes first, then what is changed in it." if "=" in path.name else ""
+            raise UserError(f"cannot read the recipe: {error.strerror}.", str(path), fix) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise not_yaml(error, path) from None
         if not isinstance(raw, dict):

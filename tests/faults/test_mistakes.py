@@ -152,6 +152,20 @@ def test_a_model_on_the_command_line_is_a_preset_or_a_mapping() -> None:
     assert Recipe.read(GOOD, ["model={layers: 3}"]).model.layers == 3
 
 
+def test_a_word_of_the_file_keeps_its_meaning_beside_an_override() -> None:
+    assert Recipe.read(GOOD | {"task": "causal-lm"}, ["task.label_smoothing=0.1"]).task.label_smoothing == 0.1
+    with pytest.raises(RecipeError, match="task: there is no task `mine`"):
+        Recipe.read(GOOD | {"task": "mine"}, ["task.label_smoothing=0.1"])
+    with pytest.raises(RecipeError, match="data: there is no dataset `mine`"):
+        Recipe.read(GOOD | {"data": "mine"}, ["data.context=8"])
+    assert [t.name for t in Recipe.read(GOOD, ["techniques=[lion, clip]", "clip=off"]).techniques] == ["lion"]
+
+
+def test_overrides_without_a_recipe_say_what_comes_first() -> None:
+    with pytest.raises(UserError, match="steps=5: cannot read the recipe: .* The recipe's file comes first"):
+        Recipe.load("steps=5")
+
+
 def test_the_command_lines_duration_wins() -> None:
     for raw in ({"duration": "9 tok"}, {"steps": 9}):
         assert Recipe.read(GOOD | raw, ["steps=5"]).duration == "5 step"
