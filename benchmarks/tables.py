@@ -1,12 +1,14 @@
-"""Tables of README and docs, from `evidence/`. `python benchmarks/tables.py` writes them; a test compares."""
+"""Tables of README and docs, from `evidence/` and from the code. `python benchmarks/tables.py` writes them; a test
+compares."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -42,12 +44,84 @@ def peers(workload: str) -> str:
     return markdown(evidence("peers")[workload]["rows"])
 
 
+def keys(properties: dict[str, Any], prefix: str = "") -> list[str]:
+    """A line of a table for each setting of a JSON schema: key, default, meaning."""
+    lines: list[str] = []
+    for name, found in properties.items():
+        default = json.dumps(found["default"]) if found.get("default") not in (None, "") else ""
+        about = " ".join(found.get("description", "").split()).replace("|", "\\|")
+        choices = ", ".join(found.get("enum", ()))
+        if choices and not any(choice in about for choice in found["enum"]):
+            about = f"{about} One of {choices}.".strip()
+        lines.append(f"| `{prefix}{name}` | {default and f'`{default}`'.replace('|', chr(92) + '|')} | {about} |")
+    return lines
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe."""
+    from scrimp.schema import schema
+
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for name, found in schema()["properties"].items():
+        lines += keys({name: {**found, "default": found.get("default") if "properties" not in found else None}})
+        lines += keys(found.get("properties", {}), f"{name}.")
+        if name == "groups":
+            lines += keys(found["additionalProperties"]["properties"], "groups.PATTERN.")
+    return "\n".join(lines)
+
+
+def part_keys(key: str) -> str:
+    """Every setting of our own model, task or data set."""
+    from scrimp.schema import schema
+
+    found = schema()["properties"][key]["anyOf"][1]["properties"]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
+
+
+def presets() -> str:
+    """Every preset and what it sets."""
+    from scrimp.models.presets import PRESETS
+
+    lines = [f"| `{name}` | {', '.join(f'{k} {v}' for k, v in set_.items())} |" for name, set_ in PRESETS.items()]
+    return "\n".join(["| preset | sets |", "|---|---|", *lines])
+
+
+def parameters() -> str:
+    """The names of the parameters of our Transformer, blocks written as `*`."""
+    from scrimp.models.presets import PRESETS
+    from scrimp.models.transformer import TransformerConfig
+
+    lines = ["| presets | parameters |", "|---|---|"]
+    for kind in ("gpt-1m", "llama-1m"):
+        model = TransformerConfig(**{**PRESETS[kind], "vocab": 8, "context": 8}).build()
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name, _ in model.named_parameters())
+        lines.append(f"| `{kind.split('-')[0]}-...` | {', '.join(f'`{name}`' for name in names)} |")
+    return "\n".join(lines)
+
+
+def names() -> str:
+    """The public names of the library."""
+    import scrimp
+    from scrimp.registry import classes
+
+    lines = ["| name | is |", "|---|---|"]
+    for name in scrimp.__all__:
+        lines.append(f"| `{name}` | {getattr(scrimp, name).__doc__.strip().splitlines()[0]} |")
+    return "\n".join([*lines, f"| {', '.join(f'`{name}`' for name in sorted(classes()))} | The techniques. |"])
+
+
+WRITERS: Final[dict[str, Callable[[], str]]] = {
+    "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
+    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names,
+}  # fmt: skip
+
+
 def rendered(text: str) -> str:
     """A page with every marked table written anew."""
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
-        body = demo() if name == "demo" else peers({"a16k": "A16k"}.get(name, name))
+        body = WRITERS[name]() if name in WRITERS else peers({"a16k": "A16k"}.get(name, name))
         return f"<!-- {name}-table -->\n{body}\n<!-- /{name}-table -->"
 
     return MARK.sub(table, text)

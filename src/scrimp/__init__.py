@@ -10,6 +10,7 @@ Every technique's class is here by name; so are `Recipe`, `train`, `apply`, `Tec
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,9 +38,20 @@ def __getattr__(name: str) -> Any:
         return version("scrimp")
     if name in _HOMES:
         return getattr(import_module(f"scrimp.{_HOMES[name]}"), name)
-    if name[:1].isupper():
+    hint = ""
+    # Python asks for submodules here too, before it imports them; names with an underscore are its own.
+    if name[:1].isalpha() and not (Path(__file__).parent / f"{name}.py").exists():
+        from scrimp.errors import did_you_mean
         from scrimp.registry import classes, technique_class
 
         if name in classes():
             return technique_class(classes()[name])
-    raise AttributeError(f"module 'scrimp' has no attribute {name!r}")
+        hint = " " + did_you_mean(name, dir(import_module(__name__)), listed=0)
+    raise AttributeError(f"module 'scrimp' has no attribute {name!r}.{hint}".rstrip())
+
+
+def __dir__() -> list[str]:
+    """The public names: what is in `__all__`, and every technique's class."""
+    from scrimp.registry import classes
+
+    return sorted([*__all__, "__version__", *classes()])

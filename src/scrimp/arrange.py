@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from scrimp.errors import RecipeError, UserError
+from scrimp.registry import classes
 from scrimp.technique import PHASES, SLOTS, Technique, overrides
 
 
@@ -40,6 +42,29 @@ def arrange(techniques: Sequence[Technique], where: str = "techniques") -> Arran
         keys[id(technique)] = technique.name if n == 1 else f"{technique.name}.{n}"
     slots = {slot: order(slot, techniques) for slot in SLOTS}
     return Arrangement(tuple(techniques), keys, slots)
+
+
+def misfits(techniques: Any, where: str = "techniques") -> list[UserError]:
+    """What is given instead of a list of techniques, and what to write."""
+    if isinstance(techniques, Technique):
+        fix = f"Write `[{type(techniques).__name__}(...)]`."
+        return [UserError("must be a list of techniques, not a single one.", where, fix)]
+    if not isinstance(techniques, list | tuple):
+        fix = "Write for example `[scrimp.Clip(norm=1.0)]`; scrimp.Recipe.read takes mappings and names."
+        return [UserError(f"must be a list of techniques, not {techniques!r}.", where, fix)]
+    return [fault for item in cast(Sequence[Any], techniques) for fault in _misfit(item, where)]
+
+
+def _misfit(item: Any, where: str) -> list[UserError]:
+    if isinstance(item, Technique):
+        return []
+    if isinstance(item, type) and issubclass(item, Technique):
+        fix = f"Write `{item.__name__}()`, with its settings in the parentheses."
+        return [UserError(f"`{item.__name__}` is a class, not a technique.", where, fix)]
+    made = {name: kind for kind, name in classes().items()}
+    if isinstance(item, str) and item in made:
+        return [UserError(f"`{item}` is a name, not a technique.", where, f"Write `scrimp.{made[item]}()`.")]
+    return [UserError(f"{item!r} is not a technique.", where, "Write for example `scrimp.Clip(norm=1.0)`.")]
 
 
 def order(slot: str, techniques: Sequence[Technique]) -> tuple[Technique, ...]:

@@ -54,13 +54,21 @@ def train(
     from scrimp.progress import Progress
 
     lean()
-    if (recipe is None) == (resume is None):
+    if recipe is None and resume is None:
         raise UserError("give either a recipe or --resume RUN.", "scrimp train")
-    if resume is not None and (overrides or start is not None):
-        raise UserError("a resumed run keeps its recipe.", "scrimp train", "Use --extend, or a new run with --from.")
+    if resume is not None and (recipe is not None or start is not None):
+        what = "a resumed run keeps its recipe and its weights: no recipe, overrides or --from can be given with it."
+        fix = f"Use --extend to go on longer, or begin a new run: scrimp train RECIPE --from {resume}."
+        raise UserError(what, "--resume", fix)
+    if start is not None and (start / "config.json").is_file() and not (start / "recipe.yaml").exists():
+        fix = f"Write `model: {{from: {start}}}` in the recipe, without --from."
+        raise UserError(f"`{start}` is a Hugging Face folder, not a run.", "--from", fix)
     loaded = None if recipe is None else load(recipe, overrides)
+    from scrimp.rules import notes
     from scrimp.training import train as run
 
+    for line in notes(loaded) if loaded is not None and start is None else ():
+        typer.echo(line, err=True)
     with Progress(sys.stdout) as view:
         result = run(loaded, resume=resume, extend=extend, start=start, observe=view, force=force)
     if result.reason == "interrupted":
@@ -178,6 +186,7 @@ def export(
 @app.command("eval")
 def eval_(run: RunPath, batches: Annotated[int, typer.Option(help="0 for the whole held-out set.")] = 0) -> None:
     """Measure a run on its held-out data."""
+    within("--batches", batches, "0 is the whole held-out set.")
     from scrimp.inference import evaluate
 
     for key, value in evaluate(run, batches).items():
@@ -193,6 +202,9 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
     """Generate text with a run."""
+    within("--tokens", tokens)
+    within("--temperature", temperature, "0 takes the likeliest token.")
+    within("--seed", seed)
     from scrimp.inference import continue_text
 
     typer.echo(continue_text(run, prompt, tokens, temperature, seed))
@@ -204,9 +216,23 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the runs and the plot.")] = Path("runs/demo"),
 ) -> None:
     """Train a small GPT twice, plainly and thriftily, and compare. At most five minutes on two cores."""
+    within("--steps", steps, "0 chooses for this machine.")
     from scrimp.demo import demo as run
 
     run(out, steps)
+
+
+def within(option: str, value: float, zero: str = "") -> None:
+    """Check a number of the command line.
+
+    Args:
+        zero: what 0 means, a sentence.
+    Raises:
+        UserError: if it is negative, no number, or too large for a generator's seed.
+    """
+    if not 0 <= value < 2**63:
+        bound = "below 2**63" if value > 0 else "at least 0"
+        raise UserError(f"must be {bound}, not {value}.", option, zero)
 
 
 def load(path: Path, overrides: list[str] | None) -> Recipe:

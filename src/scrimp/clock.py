@@ -128,6 +128,21 @@ class Clock:
         duration = Duration.parse(duration)
         return duration.value if duration.unit == "run" else self.at(duration) / max(self.end, 1)
 
+    def share(self, duration: Duration | str | float, what: str, where: str) -> float:
+        """`fraction` of something that must fit into the run.
+
+        Args:
+            what: it is, such as "warm-up".
+        Raises:
+            UserError: if it is longer than the run.
+        """
+        fraction = self.fraction(duration)
+        if fraction > 1 + 1e-9:
+            long = f"the run has {self.end:,} {self.unit}"
+            fix = "Shorten it, or give it as a fraction of the run such as 0.1."
+            raise UserError(f"a {what} of `{duration}` is longer than the run: {long}.", where, fix)
+        return fraction
+
     def steps(self, duration: Duration | str | float) -> int:
         """A duration in steps, at least one; for intervals such as validation."""
         return max(1, round(self.at(duration) / self.per_step[self.unit]))

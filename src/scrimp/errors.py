@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -38,10 +39,25 @@ class RecipeError(UserError):
         super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))
 
 
+def nearest(word: str, known: Iterable[str]) -> list[str]:
+    """The known names that a word most likely stands for, best first: misspelled, in other case, or abbreviated."""
+    names = {name.lower(): name for name in sorted(set(known))}
+    word = word.lower()
+    short = [name for name in names if name == initials(word) or initials(name) == word]
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return [names[name] for name in dict.fromkeys([*short, *near])][:3]
+
+
+def initials(name: str) -> str:
+    """lr of learning_rate; empty for a single word."""
+    parts = re.split("[_-]", name)
+    return "".join(part[:1] for part in parts) if len(parts) > 1 else ""
+
+
 def did_you_mean(word: str, known: Iterable[str], listed: int = 12) -> str:
     """A sentence with the nearest known names, or all of them when they are few."""
     names = sorted(set(known))
-    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    near = nearest(word, names)
     if near:
         return f"Did you mean {' or '.join(near)}?"
     if not listed or not names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
@@ -32,6 +33,7 @@ class Progress:
         self.rate = self.flops = 0.0
         self.tokens, self.seconds, self.weight, self.shown, self.last = 0.0, 0.0, 0.0, 0.0, 0
         self.end, self.validation = 1, ""
+        self.folder: Path | None = None
         self.bar: Bar | None = None
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[text]}"))
@@ -59,6 +61,8 @@ class Progress:
             self.validation = f"  held-out {fields['loss']:.4f}"
             if self.bar is None:
                 self.console.print(f"{self.label}step {fields['step']}{self.validation}", soft_wrap=True)
+        elif event == "checkpoint":
+            self.folder = fields["path"].parent.parent
         elif event == "end":
             self._end(fields)
 
@@ -94,8 +98,9 @@ class Progress:
     def _end(self, fields: dict[str, Any]) -> None:
         if self.bar is not None:
             self.bar.refresh()
-        if fields.get("loss") is not None:
-            self.console.print(f"{self.label}{fields['reason']}: held-out loss {fields['loss']:.4f}")
+        loss = f": held-out loss {fields['loss']:.4f}" if fields.get("loss") is not None else ""
+        place = f", in {self.folder}" if self.folder is not None else ""
+        self.console.print(f"{self.label}{fields['reason']}{loss}{place}", soft_wrap=True, markup=False)
         if fields["text"]:
             self.console.print(fields["text"], markup=False)
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -14,13 +15,19 @@ from pydantic import TypeAdapter, ValidationError
 from scrimp.errors import UserError, did_you_mean
 from scrimp.registry import modules, technique_class
 from scrimp.technique import Technique
+from scrimp.wording import in_words
+
+NAMED: Final = {"model": "preset", "data": "name", "task": "name"}
+"""Sections that may be a single word -> the key that the word stands for."""
 
 
 def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
-    """Techniques from a mapping `{name: settings}` or a list of names and one-entry mappings."""
+    """Techniques from a mapping `{name: settings}`, a list of names and one-entry mappings, or a single name."""
     faults: list[UserError] = []
     pairs: list[tuple[str, Any]] = []
-    if isinstance(raw, Mapping):
+    if isinstance(raw, str):
+        pairs = [(raw, {})]
+    elif isinstance(raw, Mapping):
         pairs = [(str(name), settings) for name, settings in raw.items()]
     elif isinstance(raw, list | tuple):
         for i, item in enumerate(raw):
@@ -34,7 +41,8 @@ def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
                 fix = "Write `- lion` or `- lion: {lr: 1e-4}`."
                 faults.append(UserError(f"is not a technique: {item!r}.", f"techniques[{i}]", fix))
     else:
-        faults.append(UserError(f"must be a mapping or a list, not {raw!r}.", "techniques"))
+        fix = "Write for example `{adamw: {lr: 1e-3}}`."
+        faults.append(UserError(f"must be a mapping or a list, not {raw!r}.", "techniques", fix))
     found: list[Technique] = []
     for name, settings in pairs:
         where = f"techniques.{name}"
@@ -53,11 +61,11 @@ def read_techniques(raw: Any) -> tuple[tuple[Technique, ...], list[UserError]]:
 
 
 def dump_techniques(techniques: Sequence[Technique]) -> Any:
-    """As `read_techniques` reads them back."""
+    """As `read_techniques` reads them back, with every setting: a later version's defaults change no run of today."""
     names = [t.name for t in techniques]
     if len(set(names)) == len(names):
-        return {t.name: plain(t.settings()) for t in techniques}
-    return [{t.name: plain(t.settings())} for t in techniques]
+        return {t.name: plain(t) for t in techniques}
+    return [{t.name: plain(t)} for t in techniques]
 
 
 @cache
@@ -73,21 +81,8 @@ def validated(kind: Any, value: Any, where: str, faults: list[UserError]) -> Any
     except UserError as error:
         faults.append(error if error.where else UserError(error.what, where, error.fix))
     except ValidationError as error:
-        for detail in error.errors():
-            faults.append(_fault(kind, detail, where))
+        faults += in_words(kind, error.errors(), where)
     return None
-
-
-def _fault(kind: Any, detail: Any, where: str) -> UserError:
-    path = ".".join([where, *(str(part) for part in detail["loc"] if not str(part).startswith(("function-", "union")))])
-    if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        known = [f.name for f in fields(kind)] if is_dataclass(kind) else []
-        return UserError(f"unknown setting `{detail['loc'][-1]}`.", path, did_you_mean(str(detail["loc"][-1]), known))
-    cause = detail.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return UserError(cause.what, cause.where or path, cause.fix)
-    message = str(cause) if cause is not None else f"{detail['msg']} (got {detail['input']!r})"
-    return UserError(message[0].lower() + message[1:] + ("" if message.endswith(".") else "."), path)
 
 
 def plain(value: Any) -> Any:
@@ -104,8 +99,7 @@ def plain(value: Any) -> Any:
 def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[UserError]]:
     """Apply `key=value` words: `batch=8`, `steps=200`, `lion.lr=3e-4`, `adamw=off`, `data.context=128`."""
     values, faults = {str(key): item for key, item in raw.items()}, list[UserError]()
-    techniques = values.get("techniques") or {}
-    named = dict(_pairs(techniques)) if not isinstance(techniques, list) or _unique(techniques) else None
+    named = _by_name(values.get("techniques") or {})
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
@@ -125,38 +119,66 @@ def override(raw: Mapping[str, Any], words: Sequence[str]) -> tuple[dict[str, An
             else:
                 _put(named, [head, *rest], value)
         elif head in modules():
-            fix = "Edit the recipe: a technique appears twice in it."
+            fix = "Edit the recipe: a technique appears twice in its list."
             faults.append(UserError(f"cannot tell which `{head}` is meant.", "command line", fix))
+        elif key == "techniques":
+            values["techniques"], named = value, _by_name(value or {})
         elif key.startswith("techniques"):
             fix = did_you_mean(head, modules())
             faults.append(UserError(f"there is no technique `{head}`.", "command line", fix))
         else:
-            _put(values, ["model", "preset"] if key == "model" else key.split("."), value)
+            preset = key == "model" and isinstance(value, str)
+            _put(values, ["model", "preset"] if preset else key.split("."), value)
     if named is not None:
         values["techniques"] = named
-    if "steps" in values:
-        values["duration"] = f"{values.pop('steps')} step"
-    return values, faults
+    return _with_duration(values, set(raw), {word.partition("=")[0] for word in words}, faults), faults
 
 
-def _pairs(techniques: Any) -> list[tuple[str, Any]]:
-    items = techniques.items() if isinstance(techniques, Mapping) else []
-    if isinstance(techniques, list):
-        items = [next(iter(t.items())) if isinstance(t, Mapping) and len(t) == 1 else (str(t), {}) for t in techniques]
-    return [(str(name), settings) for name, settings in items]
+def _with_duration(values: dict[str, Any], file: set[str], line: set[str], faults: list[UserError]) -> dict[str, Any]:
+    """`steps: N` as `duration: N step`. The command line's wins over the file's; two of one place are a fault."""
+    for given, place in ((line, "command line"), (file, "steps")):
+        if {"steps", "duration"} <= given:
+            faults.append(UserError("`steps` and `duration` are both given.", place, "Keep one of them."))
+    steps = values.pop("steps", None)
+    if steps is not None and not ("duration" in line and "steps" not in line):
+        values["duration"] = f"{steps} step"
+    return values
 
 
-def _unique(techniques: list[Any]) -> bool:
-    names = [name for name, _ in _pairs(techniques)]
-    return len(set(names)) == len(names) and not any(isinstance(t, Technique) for t in techniques)
+def _by_name(techniques: Any) -> dict[str, Any] | None:
+    """Techniques as a mapping that overrides can change; None where a name says too little, or something is wrong."""
+    if isinstance(techniques, str):
+        return {techniques: {}}
+    if isinstance(techniques, Mapping):
+        return {str(name): settings for name, settings in techniques.items()}
+    if not isinstance(techniques, list):
+        return None
+    named: dict[str, Any] = {}
+    for item in techniques:
+        pair = {item: {}} if isinstance(item, str) else item
+        if not isinstance(pair, Mapping) or len(pair) != 1 or str(next(iter(pair))) in named:
+            return None
+        named |= {str(name): settings for name, settings in pair.items()}
+    return named
 
 
 def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for part in path[:-1]:
         inner = values.get(part)
-        inner = {"preset": inner} if isinstance(inner, str) and part == "model" else inner
+        if isinstance(inner, str) and part in NAMED:
+            inner = {NAMED[part]: inner}
         values[part] = values = dict(inner) if isinstance(inner, Mapping) else {}
     values[path[-1]] = value
+
+
+def not_yaml(error: Exception, path: Path) -> UserError:
+    """What the YAML reader said, with the file, the line and the column."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return UserError(f"is not valid YAML: {' '.join(str(error).split())}.", str(path))
+    mark = error.problem_mark or error.context_mark
+    place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+    context = f"{error.context} of line {error.context_mark.line + 1}" if error.context and error.context_mark else ""
+    return UserError(f"is not valid YAML: {', '.join(filter(None, (context, error.problem)))}.", place)
 
 
 class Loader(yaml.SafeLoader):

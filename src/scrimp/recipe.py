@@ -13,19 +13,14 @@ from typing import Any, ClassVar, Final, cast
 
 import yaml
 
-from scrimp.arrange import clashes
-from scrimp.clock import Duration
+from scrimp import rules
 from scrimp.errors import RecipeError, UserError, did_you_mean
-from scrimp.reading import Loader, dump_techniques, override, plain, read_techniques, validated
+from scrimp.reading import Loader, dump_techniques, not_yaml, override, plain, read_techniques, validated
 from scrimp.registry import BUILT_IN, component, component_name, modules
 from scrimp.technique import Technique
 
 GROUPS: Final = {"model": "models", "data": "datasets", "task": "tasks"}
 """Sections of a recipe that name a part, and where such parts are registered."""
-LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep": 1, "stop.patience": 0,
-                "sample.tokens": 0, "sample.temperature": 0}  # fmt: skip
-"""The smallest value of numbers that have one."""
-NO_RULE: Final = "no technique sets the update rule."
 STRICT: Final[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
 
 
@@ -124,22 +119,28 @@ class Recipe:
     groups: dict[str, GroupRule] = field(default_factory=dict[str, GroupRule])
     """pattern of parameters -> multipliers of learning rate and decay."""
     validate: Validate = field(default_factory=Validate)
+    """When and on how much the held-out loss is measured."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """When snapshots are written and which are kept."""
     log: Log = field(default_factory=Log)
+    """Where metrics go besides metrics.jsonl."""
     stop: Stop = field(default_factory=Stop)
+    """When to stop before the end."""
     sample: Sample = field(default_factory=Sample)
+    """What is generated when a run ends."""
     out: str = "runs"
     """Folder in which the run's own folder is made."""
     name: str = ""
-    """Of the run's folder; made from the model and the techniques when empty."""
+    """Of the run's folder, which is numbered when it is taken; `run-` and the update rules when empty."""
 
     def __post_init__(self) -> None:
         """Resolve names and mappings; raise every fault at once."""
         faults: list[UserError] = []
-        for key, value in _resolve(self, faults).items():
-            object.__setattr__(self, key, value)
+        values = _resolve(self, faults)
         if faults:
             raise RecipeError(faults)
+        for key, value in (values | {"techniques": tuple(self.techniques)}).items():
+            object.__setattr__(self, key, value)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -153,11 +154,12 @@ class Recipe:
         try:
             raw: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
         except OSError as error:
-            raise UserError(f"cannot read the recipe: {error.strerror}.", str(path)) from None
+            fix = "The recipe's file comes first, then what is changed in it." if "=" in path.name else ""
+            raise UserError(f"cannot read the recipe: {error.strerror}.", str(path), fix) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"is not valid YAML: {' '.join(str(error).split())}", str(path)) from None
+            raise not_yaml(error, path) from None
         if not isinstance(raw, dict):
-            raise UserError("is not a recipe: the top level must be a mapping.", str(path))
+            raise UserError("is not a recipe: the top level must be a mapping.", str(path), "Write `key: value` lines.")
         return cls.read(words(cast(Any, raw)), overrides)
 
     @classmethod
@@ -178,7 +180,7 @@ class Recipe:
             recipe = cls(**values)
         except RecipeError as error:
             # A technique that could not be read may well have been the update rule.
-            faults += [f for f in error.faults if not (more and f.what == NO_RULE)]
+            faults += [f for f in error.faults if not (more and f.what == rules.NO_RULE)]
             recipe = None
         if recipe is None or faults:
             raise RecipeError(faults)
@@ -215,41 +217,10 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
         kind = {"groups": dict[str, GroupRule], "validate": Validate, "checkpoint": Checkpoint, "log": Log,
                 "stop": Stop, "sample": Sample, "batch": int, "seed": int}.get(f.name, str)  # fmt: skip
         if f.name == "duration" and isinstance(value, int | float):
-            value = f"{value} step"
+            value = f"{value} step" if float(value).is_integer() else str(value)
         values[f.name] = validated(kind, value, f.name, faults)
-    faults += _out_of_range(values)
-    for key, known in (("device", ("auto", "cpu", "cuda")), ("dtype", ("float32", "float64", "bfloat16"))):
-        if values[key] not in known:
-            faults.append(UserError(f"`{values[key]}` is not one of {', '.join(known)}.", key))
-    for where, text in (("duration", values["duration"]), ("validate.every", recipe_part(values, "validate")),
-                        ("checkpoint.every", recipe_part(values, "checkpoint"))):  # fmt: skip
-        try:
-            Duration.parse(text, where)
-        except UserError as error:
-            faults.append(error)
-    values["techniques"] = tuple(recipe.techniques)
-    faults += clashes(recipe.techniques)
-    if not any("update rule" in t.card.sets for t in recipe.techniques):
-        fix = "Add one of adamw, adam, lion or sgd."
-        faults.append(UserError(NO_RULE, "techniques", fix))
+    faults += rules.broken(values, recipe.techniques)
     return values
-
-
-def _out_of_range(values: Mapping[str, Any]) -> list[UserError]:
-    faults: list[UserError] = []
-    for where, least in LEAST.items():
-        section, _, name = where.rpartition(".")
-        value = getattr(values[section], name, None) if section else values[name]
-        if value is not None and not value >= least:
-            faults.append(UserError(f"must be at least {least}, not {value}.", where))
-    if values["seed"] is not None and values["seed"] >= 2**63:
-        faults.append(UserError("must be below 2**63.", "seed"))
-    return faults
-
-
-def recipe_part(values: Mapping[str, Any], key: str) -> Any:
-    """The interval of a section, or 0 when the section itself was faulty."""
-    return getattr(values[key], "every", 0)
 
 
 def words(mapping: Mapping[Any, Any]) -> dict[str, Any]:
@@ -260,18 +231,40 @@ def words(mapping: Mapping[Any, Any]) -> dict[str, Any]:
 def _component(group: str, where: str, value: Any, faults: list[UserError]) -> Any:
     if is_dataclass(value):
         return value
-    if isinstance(value, str):
-        value = {"preset" if group == "models" else "name": value}
+    word = value if isinstance(value, str) else ""
+    if word:
+        value = {"preset" if group == "models" else "name": word}
     if not isinstance(value, Mapping):
         faults.append(UserError(f"must be a name or a mapping, not {value!r}.", where))
         return None
     settings = words(cast(Any, value))
+    given = dict(settings)
     try:
         kind = component(group, str(settings.pop("name", next(iter(BUILT_IN[group])))), where)
         expand = getattr(kind, "expand", None)
         if expand is not None:
             settings = expand(settings, where)
     except UserError as error:
-        faults += error.faults if isinstance(error, RecipeError) else [error]
+        found = error.faults if isinstance(error, RecipeError) else [error]
+        faults += [_hinted(_placed(fault, where, given), where, word) for fault in found]
         return None
     return validated(kind, settings, where, faults)
+
+
+def _placed(error: UserError, where: str, given: Mapping[str, Any]) -> UserError:
+    """An error about a file that a part names: its place in the recipe, and the file."""
+    if error.where == where or error.where.startswith(f"{where}."):
+        return error
+    texts = {key: value for key, value in given.items() if isinstance(value, str) and value}
+    # A path may have been cleaned since: ./folder is folder.
+    named = [key for key, text in texts.items() if error.where.startswith((text, str(Path(text))))]
+    place = ".".join([where, *named[:1]])
+    return UserError(error.what, f"{place} ({error.where})" if error.where else place, error.fix)
+
+
+def _hinted(error: UserError, where: str, word: str) -> UserError:
+    """An error about an unknown name: the name may have been meant as a path."""
+    key = {"data": "source", "model": "from"}.get(where)
+    if key is None or not word or not ("/" in word or Path(word).expanduser().exists()):
+        return error
+    return UserError(error.what, error.where, f"For a path write `{where}: {{{key}: {word}}}`.")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from scrimp.arrange import Arrangement, arrange, scope
+from scrimp.arrange import Arrangement, arrange, misfits, scope
 from scrimp.clock import Clock
 from scrimp.draws import generator
 from scrimp.errors import RecipeError, UserError
@@ -177,11 +177,17 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
     Raises:
         UserError: if a technique needs the trainer, clashes with another, or hits nothing.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UserError(f"needs an nn.Module to work on, not {model!r}.", "apply", "Give the model first.")
+    for fault in misfits(techniques, "apply"):
+        raise fault
     order = arrange(techniques)
     for slot in [s for s in SLOTS if s not in ("model", "wrap", "init", "export", "price")]:
         for technique in order.slots[slot]:
+            rule = slot == "optimizer" and "update rule" in technique.card.sets
             what = f"`{technique.name}` acts in `{slot}`, which your own loop does not have."
-            raise UserError(what, "apply", "Use scrimp.train, or its optimizer class by itself.")
+            fix = "Use scrimp.train" + (", or its optimizer class by itself." if rule else ".")
+            raise UserError(what, "apply", fix)
     given: Any = SimpleNamespace(techniques=tuple(techniques), seed=seed)
     device = next(model.parameters()).device
     run = Run(given, order, Clock("step", 1, 1, {"step": 1.0}), None, device, seed)

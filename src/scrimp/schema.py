@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from scrimp.reading import adapter
 from scrimp.recipe import Checkpoint, GroupRule, Log, Recipe, Sample, Stop, Validate
 from scrimp.registry import BUILT_IN, component, modules, technique_class
+from scrimp.rules import CHOICES
 
 
 def schema() -> dict[str, Any]:
@@ -18,24 +19,25 @@ def schema() -> dict[str, Any]:
     one = {"anyOf": [{"enum": sorted(techniques)}, {**named, "maxProperties": 1}]}
     sections = {"validate": Validate, "checkpoint": Checkpoint, "log": Log, "stop": Stop, "sample": Sample}
     properties: dict[str, Any] = {
-        "model": _component("models", {"preset": {"type": "string"}, "from": {"type": "string"}}),
+        "model": _component("models", {"preset": _text("A named size."), "from": _text("A Hugging Face folder.")}),
         "data": _component("datasets", {}),
         "task": _component("tasks", {}),
-        "techniques": {"anyOf": [named, {"type": "array", "items": one}]},
-        "batch": {"type": "integer", "minimum": 1, "default": 16},
-        "duration": {"type": ["string", "integer"], "default": "1000 step"},
+        "techniques": {"anyOf": [named, {"type": "array", "items": one}, {"enum": sorted(techniques)}]},
+        "batch": {"type": "integer", "minimum": 1},
+        "duration": {"type": ["string", "integer"]},
         "steps": {"type": "integer", "description": "Short for `duration: N step`."},
-        "seed": {"type": "integer", "default": 0},
-        "device": {"enum": ["auto", "cpu", "cuda"], "default": "auto"},
-        "dtype": {"enum": ["float32", "float64", "bfloat16"], "default": "float32"},
+        "seed": {"type": "integer", "minimum": 0},
+        "device": {"enum": list(CHOICES["device"])},
+        "dtype": {"enum": list(CHOICES["dtype"])},
         "groups": {"type": "object", "additionalProperties": _plain(GroupRule)},
-        "out": {"type": "string", "default": "runs"},
-        "name": {"type": "string", "default": ""},
+        "out": {"type": "string"},
+        "name": {"type": "string"},
         **{key: _plain(kind) for key, kind in sections.items()},
     }
-    for key, text in about.items():
-        if text:
-            properties[key].setdefault("description", text)
+    for f in fields(Recipe):
+        properties[f.name]["description"] = about[f.name]
+        if f.default is not MISSING and f.name != "techniques":
+            properties[f.name]["default"] = f.default
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Scrimp recipe",
@@ -48,8 +50,12 @@ def schema() -> dict[str, Any]:
 def _component(group: str, more: dict[str, Any]) -> dict[str, Any]:
     found = [_plain(component(group, name, "")) for name in BUILT_IN[group]]
     for one in found:
-        one["properties"] = {"name": {"type": "string"}, **more, **one["properties"]}
+        one["properties"] = {"name": _text("Which one; another's by its entry point."), **more, **one["properties"]}
     return {"anyOf": [{"type": "string"}, *found]}
+
+
+def _text(about: str) -> dict[str, str]:
+    return {"type": "string", "description": about}
 
 
 def _plain(kind: Any) -> dict[str, Any]:

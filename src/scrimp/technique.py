@@ -10,8 +10,11 @@ state or in `run.memory(self)`, all of which are checkpointed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from scrimp.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,6 +127,14 @@ class Technique:
     def __init_subclass__(cls) -> None:
         """The name is the file's name: it is the recipe's key and the command line's word."""
         cls.name = cls.__module__.rpartition(".")[2]
+        own: Any = vars(cls).get("__post_init__")
+        if own is not None:
+            # What a technique checks itself may then compare and iterate without checking types first.
+            cls.__post_init__ = lambda self: _checked(self, own)  # type: ignore[method-assign]
+
+    def __post_init__(self) -> None:
+        """Check the settings. A subclass' own checks run after those of the types, and need not say where they are."""
+        _checked(self, lambda technique: None)
 
     def stages(self) -> tuple[str | float, ...]:
         """Durations from the start at which the run must be rebuilt, at the latest."""
@@ -196,6 +207,45 @@ class Technique:
     def settings(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+KINDS: Final[dict[str, tuple[tuple[type, ...], str]]] = {
+    "float": ((Real,), "a number"),
+    "int": ((Integral,), "a whole number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+    "str | float": ((str, Real), "a duration"),
+}
+"""Annotation of a setting -> what it may be, in Python and in words."""
+
+
+def _checked(technique: Technique, own: Callable[[Technique], None]) -> None:
+    """Run a technique's own checks after those of its settings' types; a fault says in which technique it is."""
+    place = f"techniques.{technique.name}"
+    for f in fields(technique):
+        value = getattr(technique, f.name)
+        kinds, words = KINDS.get(str(getattr(f.type, "__name__", f.type)), ((object,), ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
+            fix = "" if f.default is MISSING else f"Give for example {f.default!r}."
+            raise UserError(f"must be {words}, not {value!r}.", f"{place}.{f.name}", fix)
+    try:
+        own(technique)
+    except UserError as error:
+        if error.where.startswith(place):
+            raise
+        raise UserError(error.what, f"{place}.{error.where}" if error.where else place, error.fix) from None
+
+
+def at_least(least: float, technique: Technique, *settings: str) -> None:
+    """Check numbers among a technique's settings.
+
+    Raises:
+        UserError: naming the first that is less, or no number.
+    """
+    for name in settings:
+        value = getattr(technique, name)
+        if not value >= least:
+            raise UserError(f"{name} must be at least {least}, not {value}.")
 
 
 def overrides(technique: Technique | type[Technique], slot: str) -> bool:

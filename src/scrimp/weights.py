@@ -116,7 +116,8 @@ def load_weights(model: nn.Module, given: Mapping[str, Tensor], needed: Callable
         lists = {"missing": missing, "unexpected": unexpected, "misshapen": wrong}
         what = "; ".join(f"{kind}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")
                          for kind, found in lists.items() if found)  # fmt: skip
-        near = did_you_mean(unexpected[0], own) if unexpected else ""
-        raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", near)
+        near = f"{did_you_mean(unexpected[0], own)} " if unexpected else ""
+        fix = f"{near}Give the `model`, and the `data.tokenizer` and `data.vocab`, that the weights were trained with."
+        raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", fix)
     for name, tensor in given.items():
         own[name].copy_(tensor)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from scrimp.errors import UserError
 from scrimp.reading import Loader
-from scrimp.recipe import LEAST, Recipe
+from scrimp.recipe import Recipe
 from scrimp.registry import modules, technique_class
+from scrimp.rules import LEAST
 from scrimp.training import train
 from tiny import recipe
 
@@ -146,3 +147,13 @@ def test_a_seed_that_torch_cannot_take_is_told() -> None:
 def test_never_is_no_validation_at_the_end_either(never: dict[str, Any]) -> None:
     result = train(recipe(duration="2 step", validate=never), save=False)
     assert (result.run.clock.step, result.validation) == (2, {})
+
+
+def test_a_resolved_recipe_says_every_setting() -> None:
+    for name in modules():
+        rule = {} if "update rule" in technique_class(name).card.sets else {"sgd": {}}
+        text = Recipe.read({"techniques": {name: {}} | rule}).yaml()
+        written = yaml.load(text, Loader=Loader)["techniques"][name]
+        assert set(written) == {f.name for f in dataclasses.fields(technique_class(name))}
+    again = Recipe.read(yaml.load(Recipe.read({"techniques": {"adamw": {}}}).yaml(), Loader=Loader))
+    assert again == Recipe.read({"techniques": {"adamw": {}}})

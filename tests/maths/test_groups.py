@@ -21,6 +21,7 @@ from scrimp.groups import (
     partition,
     trainable,
 )
+from scrimp.models.seams import matching
 from scrimp.run import Run
 from scrimp.technique import Technique
 from scrimp.techniques.optimizers.adamw import AdamW
@@ -74,6 +75,17 @@ def test_a_pattern_without_a_parameter_names_the_nearest() -> None:
         assign(named("blocks.0.up", "blocks.1.up", "head"), {"blokcs.0.up": Multipliers()})
     with pytest.raises(UserError, match=r"^techniques.lion: `embde\.weight` matches no.*Did you mean embed\.weight"):
         run_of(recipe(Lion(params="embde.weight"), AdamW()))
+
+
+def test_a_pattern_without_a_match_is_answered_with_whole_names() -> None:
+    names = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.1.mlp.up", "head"]
+    hints = {"upp": "Did you mean blocks.*.mlp.up?", "zzz": "Known: blocks.*.mlp.down, blocks.*.mlp.up, head."}
+    for pattern, hint in hints.items():
+        with pytest.raises(UserError) as error:
+            matching(pattern, names, "linear layer")
+        assert str(error.value) == f"`{pattern}` matches no linear layer. {hint}"
+    with pytest.raises(UserError, match="matches no linear layer. The model has none"):
+        matching("mlp.*", [], "linear layer")
 
 
 def test_a_vector_takes_no_decay_from_a_matrix_of_a_similar_name() -> None:

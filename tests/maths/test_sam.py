@@ -103,5 +103,5 @@ def test_a_vanishing_gradient_moves_nothing() -> None:
 
 
 def test_refuses_a_negative_radius() -> None:
-    with pytest.raises(UserError, match="negative"):
+    with pytest.raises(UserError, match="rho must be at least 0"):
         example("sam", rho=-0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.registry import technique_class
+from scrimp.run import Run
 from scrimp.techniques.optimizers.sgd import SGD
 from scrimp.techniques.schedules.warmup_linear import WarmupLinear
 from scrimp.training import train
@@ -25,7 +27,8 @@ NAMES = ["warmup_cosine", "warmup_linear", "inverse_sqrt", "wsd"]
 def shape_of(name: str, duration: str, **settings: Any) -> Callable[[float], float]:
     """A technique's factor, for a run of some length with 8 tokens a step."""
     clock = Clock.plan(Duration.parse(duration), batch=2, tokens=4, items=100)
-    run = SimpleNamespace(clock=clock, where=lambda technique, setting="": f"techniques.{technique.name}")
+    nothing: Any = None
+    run = SimpleNamespace(clock=clock, where=partial(Run.where, nothing))
     return technique_class(name)(**settings).schedule(lambda p: 1.0, run)  # type: ignore[arg-type]
 
 
@@ -132,3 +135,12 @@ def test_settings_without_meaning_are_refused(name: str, settings: dict[str, Any
 def test_a_warmup_and_a_decay_must_fit_into_the_run() -> None:
     with pytest.raises(UserError, match=r"techniques.wsd: the warm-up \(8 step\) and the decay \(0.3\) together"):
         factors("wsd", warmup="8 step", decay=0.3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("warmup", "length"), [("11 step", "10 step"), ("90 tok", "80 tok"), (12, "10 step")])
+def test_a_warmup_longer_than_the_run_is_refused(name: str, warmup: str | float, length: str) -> None:
+    with pytest.raises(UserError) as error:
+        shape_of(name, length, warmup=warmup)
+    text = f"techniques.{name}.warmup: a warm-up of `{warmup}` is longer than the run: the run has {length}. Shorten it"
+    assert text in str(error.value)

@@ -7,6 +7,7 @@ quantization and scales can share one layer. Names of parameters never change: a
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable
 from typing import Final
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.errors import UserError, did_you_mean
+from scrimp.errors import UserError, did_you_mean, nearest
 
 WEIGHT: Final = ("expand", "low-rank", "mask", "quantize")
 """Order in which steps on a weight run."""
@@ -98,9 +99,18 @@ def matching(pattern: str, names: list[str], what: str, where: str = "") -> list
         n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in alternatives)
     ]
     if not found:
-        short = {n.rpartition(".")[2] for n in names} | {".".join(n.split(".")[-2:]) for n in names}
-        raise UserError(f"`{pattern}` matches no {what}.", where, did_you_mean(alternatives[0], short))
+        raise UserError(f"`{pattern}` matches no {what}.", where, _nearest_names(alternatives[0], names))
     return found
+
+
+def _nearest_names(word: str, names: list[str]) -> str:
+    """A sentence with the whole names whose last parts are nearest; numbers of blocks are written as `*`."""
+    if not names:
+        return "The model has none."
+    wholes = [re.sub(r"\.\d+(?=\.)", ".*", name) for name in names if name]
+    ends = {".".join(whole.split(".")[-count:]): whole for count in (1, 2, 99) for whole in wholes}
+    near = list(dict.fromkeys(ends[end] for end in nearest(word, ends)))
+    return f"Did you mean {' or '.join(near)}?" if near else did_you_mean(word, wholes)
 
 
 def linears(model: nn.Module, pattern: str, where: str = "") -> dict[str, Linear]:

@@ -30,8 +30,11 @@ class TransformerConfig:
     context: int = 0
     """Longest sequence, in tokens."""
     layers: int = 6
+    """Blocks."""
     width: int = 384
+    """Of the residual stream."""
     heads: int = 6
+    """Heads of attention."""
     kv_heads: int = 0
     """Key/value heads (grouped-query attention); 0 means as many as heads."""
     head_width: int = 0
@@ -39,13 +42,19 @@ class TransformerConfig:
     hidden: int = 0
     """Width of the MLP; 0 means 4 * width, or 8/3 of it rounded up to a multiple of 64 for swiglu."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of norm."""
     norm_at: Literal["pre", "post"] = "pre"
+    """Norms before the branches, or after the sums."""
     norm_eps: float = 1e-5
+    """Added to the variance in norms."""
     positions: Literal["learned", "rotary", "none"] = "learned"
+    """How a token knows its place."""
     rope_base: float = 10000.0
+    """Base of the rotary wavelengths."""
     rope_scaling: dict[str, float] | None = None
     """Llama 3's stretching of low frequencies: factor, low_freq_factor, high_freq_factor, original_context."""
     activation: Literal["gelu", "gelu_tanh", "swiglu", "relu"] = "gelu"
+    """Of the MLP."""
     qk_norm: bool = False
     """RMSNorm of queries and keys, per head."""
     bias: bool = True
@@ -55,9 +64,11 @@ class TransformerConfig:
     tied: bool = True
     """The head's weight is the embedding's."""
     causal: bool = True
+    """Each token sees only itself and those before it."""
     dropout: float = 0.0
     """On embeddings and residual branches; counter-based, so that it does not depend on layout or resume."""
     init_std: float = 0.02
+    """Standard deviation of the first weights."""
     source: str = ""
     """Folder the weights come from (written by `from`)."""
 

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scrimp.errors import UserError
 from scrimp.models.seams import CrossEntropy, Linear
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -64,8 +64,7 @@ class FusedLoss(Technique):
     """Whose implementation."""
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise UserError(f"chunk must be at least 1, not {self.chunk}.")
+        at_least(1, self, "chunk")
         if self.kernel == "torch" and not hasattr(F, "linear_cross_entropy"):
             raise UserError(f"torch {torch.__version__} has no linear_cross_entropy.", "", "Set kernel to own.")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from scrimp.clock import Duration
 from scrimp.errors import UserError
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -49,9 +49,10 @@ class LengthWarmup(Technique):
     """Lengths are rounded up to a multiple of this."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.start <= 1 or self.levels < 1 or self.multiple < 1:
-            raise UserError("start must be in (0, 1], levels and multiple at least 1.")
-        Duration.parse(self.until)
+        at_least(1, self, "levels", "multiple")
+        if not 0 < self.start <= 1:
+            raise UserError(f"start must be above 0 and at most 1, not {self.start}.")
+        Duration.parse(self.until, "until")
 
     def stages(self) -> tuple[str | float, ...]:
         """The points at which the length grows: at each the run is rebuilt, hence planned for its own length."""

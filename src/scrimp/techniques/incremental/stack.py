@@ -66,7 +66,7 @@ class Stack(Technique):
 
     def __post_init__(self) -> None:
         for point in self.at:
-            Duration.parse(point)
+            Duration.parse(point, "at")
         if self.depths and len(self.depths) != len(self.at) + 1:
             raise UserError(f"{len(self.at)} points need {len(self.at) + 1} depths, not {len(self.depths)}.")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from scrimp.errors import UserError
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -44,8 +44,7 @@ class Accumulate(Technique):
     """Micro-batches a step; the last ones are a sample smaller where the batch does not divide."""
 
     def __post_init__(self) -> None:
-        if self.parts < 1:
-            raise UserError(f"parts must be at least 1, not {self.parts}.")
+        at_least(1, self, "parts")
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """The inner backward over every part, with the count of the whole batch."""

@@ -21,7 +21,7 @@ import torch
 
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,8 +57,7 @@ class Adam(Technique):
     """Pattern of the parameters this rule owns."""
 
     def __post_init__(self) -> None:
-        if not (self.lr >= 0 and self.eps >= 0 and self.weight_decay >= 0):
-            raise UserError("lr, eps and weight_decay must be at least 0.")
+        at_least(0, self, "lr", "eps", "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"both betas must be in [0, 1), not {self.betas}.")
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -60,8 +60,7 @@ class Lion(Technique):
     """Pattern of the parameters this rule owns."""
 
     def __post_init__(self) -> None:
-        if not (self.lr >= 0 and self.weight_decay >= 0):
-            raise UserError("lr and weight_decay must be at least 0.")
+        at_least(0, self, "lr", "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"both betas must be in [0, 1), not {self.betas}.")
 

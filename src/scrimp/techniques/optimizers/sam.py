@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from scrimp.errors import UserError
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,8 +50,7 @@ class SAM(Technique):
     """Radius of the neighborhood, in the norm of all weights together."""
 
     def __post_init__(self) -> None:
-        if not self.rho >= 0:
-            raise UserError(f"rho must not be negative, but is {self.rho}.")
+        at_least(0, self, "rho")
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Backward at w, then at w + e, leaving the second gradient."""

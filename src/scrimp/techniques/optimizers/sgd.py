@@ -20,7 +20,7 @@ import torch
 
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,8 +56,7 @@ class SGD(Technique):
     """Pattern of the parameters this rule owns."""
 
     def __post_init__(self) -> None:
-        if not (self.lr >= 0 and self.weight_decay >= 0):
-            raise UserError("lr and weight_decay must be at least 0.")
+        at_least(0, self, "lr", "weight_decay")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be in [0, 1), not {self.momentum}.")
         if self.nesterov and not self.momentum:

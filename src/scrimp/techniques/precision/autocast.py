@@ -29,7 +29,7 @@ from torch.nn.utils import get_total_norm
 
 from scrimp.errors import UserError
 from scrimp.models.seams import wrap_forward
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -58,8 +58,9 @@ class Autocast(Technique):
     """Good steps in a row before the scale doubles; float16 only."""
 
     def __post_init__(self) -> None:
-        if not (self.scale > 0 and self.patience > 0):
-            raise UserError("scale and patience must be positive.")
+        at_least(1, self, "patience")
+        if not self.scale > 0:
+            raise UserError(f"scale must be positive, not {self.scale}.")
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """The forward pass inside torch's autocast."""

@@ -30,9 +30,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from scrimp.errors import UserError
 from scrimp.models.seams import blocks, matching, wrap_forward
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -69,8 +68,7 @@ class Recompute(Technique):
     """Pattern of the modules to treat; empty means the model's blocks."""
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise UserError(f"every must be at least 1, not {self.every}.")
+        at_least(1, self, "every")
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Checkpoint the chosen blocks' forward passes."""

@@ -48,7 +48,7 @@ class InverseSqrt(Technique):
     """Time scale of the decay without a warm-up, after which the factor is sqrt(1/2)."""
 
     def __post_init__(self) -> None:
-        warmup, decay = Duration.parse(self.warmup).value, Duration.parse(self.decay).value
+        warmup, decay = (Duration.parse(getattr(self, n), n).value for n in ("warmup", "decay"))
         if warmup and decay:
             raise UserError("decay is for a run without a warm-up.", "", "Set warmup to 0, or drop decay.")
         if not warmup and not decay:
@@ -56,7 +56,8 @@ class InverseSqrt(Technique):
 
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, d, s = (run.clock.fraction(duration) for duration in (self.warmup, self.decay, "1 step"))
+        w = run.clock.share(self.warmup, "warm-up", run.where(self, "warmup"))
+        d, s = run.clock.fraction(self.decay), run.clock.fraction("1 step")
 
         def shape(p: float) -> float:
             t = p + s

@@ -45,13 +45,13 @@ class WarmupCosine(Technique):
     """Factor at the end of the run."""
 
     def __post_init__(self) -> None:
-        Duration.parse(self.warmup)
+        Duration.parse(self.warmup, "warmup")
         if not 0 <= self.floor <= 1:
             raise UserError(f"floor must be between 0 and 1, not {self.floor}.")
 
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, s = run.clock.fraction(self.warmup), run.clock.fraction("1 step")
+        w, s = run.clock.share(self.warmup, "warm-up", run.where(self, "warmup")), run.clock.fraction("1 step")
 
         def shape(p: float) -> float:
             if p < w:

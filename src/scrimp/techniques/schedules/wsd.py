@@ -51,14 +51,15 @@ class WSD(Technique):
     """Factor at the end of the run."""
 
     def __post_init__(self) -> None:
-        Duration.parse(self.warmup)
-        Duration.parse(self.decay)
+        Duration.parse(self.warmup, "warmup")
+        Duration.parse(self.decay, "decay")
         if not 0 <= self.floor <= 1:
             raise UserError(f"floor must be between 0 and 1, not {self.floor}.")
 
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
-        w, d, s = (run.clock.fraction(duration) for duration in (self.warmup, self.decay, "1 step"))
+        w = run.clock.share(self.warmup, "warm-up", run.where(self, "warmup"))
+        d, s = run.clock.fraction(self.decay), run.clock.fraction("1 step")
         if w + d > 1 + 1e-9:
             what = f"the warm-up ({self.warmup}) and the decay ({self.decay}) together are longer than the run."
             raise UserError(what, run.where(self), "Shorten one of them, or give them as fractions of the run.")
