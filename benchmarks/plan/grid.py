@@ -27,9 +27,9 @@ PAIRS: Final = (
 )  # fmt: skip
 
 
-def case(size: str, techniques: dict[str, Any] | None = None, **changes: Any) -> Case:
+def case(size: str, techniques: dict[str, Any] | None = None, changes: Case | None = None) -> Case:
     """A recipe of the grid, as a mapping."""
-    values = {**SIZES[size], **changes}
+    values = {**SIZES[size], **(changes or {})}
     model = {k: v for k, v in values.items() if k not in ("context", "batch", "vocab", "dtype", "unit")}
     return {
         "model": model,
@@ -59,9 +59,9 @@ def grid(names: list[str], example: Any) -> dict[str, Case]:
         "bfloat16": {"dtype": "bfloat16"}, "no-positions": {"positions": "none"}, "qk-norm": {"qk_norm": True},
     }  # fmt: skip
     for name, changes in models.items():
-        cases[f"4m/{name}"] = case("4m", None, **changes)
+        cases[f"4m/{name}"] = case("4m", changes=changes)
     for name in ("llama", "untied"):
-        cases[f"10m/{name}"] = case("10m", **(LLAMA if name == "llama" else {"tied": False}))
+        cases[f"10m/{name}"] = case("10m", changes=LLAMA if name == "llama" else {"tied": False})
     for name in names:
         if name != "compile":
             rule = name in ("sgd", "adam", "adamw", "lion")

@@ -89,7 +89,11 @@ class RunFolder:
         if place.resolve().parent.name == "checkpoints":
             return place.resolve()
         if not (place / "recipe.yaml").is_file():
-            raise UserError("is not a run's folder: it has no recipe.yaml.", str(place))
+            inside = sorted(found.parent.name for found in place.glob("*/recipe.yaml"))
+            fix = f"Runs in it: {', '.join(inside[:8])}." if inside else ""
+            if (place / "config.json").is_file():
+                fix = f"It is a Hugging Face folder: write `model: {{from: {place}}}` in a recipe."
+            raise UserError("is not a run's folder: it has no recipe.yaml.", str(place), fix)
         found = checkpoint.snapshots(place / "checkpoints")
         if not found:
             raise UserError("has no checkpoint to resume from.", str(place), "Start the run again.")

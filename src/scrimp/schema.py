@@ -7,14 +7,18 @@ from typing import Any
 
 from scrimp.reading import adapter
 from scrimp.recipe import Checkpoint, GroupRule, Log, Recipe, Sample, Stop, Validate
-from scrimp.registry import BUILT_IN, component, modules, technique_class
+from scrimp.registry import BUILT_IN, catalogue, component, taken, technique_class
 from scrimp.rules import CHOICES
 
 
 def schema() -> dict[str, Any]:
     """Everything a recipe may hold, with defaults and descriptions."""
     about = {f.name: _about(f.name) for f in fields(Recipe)}
-    techniques = {name: {"anyOf": [_plain(technique_class(name)), {"type": "null"}]} for name in modules()}
+    techniques = {
+        name: {"anyOf": [_plain(technique_class(name)), {"type": "null"}]}
+        for name in catalogue()
+        if name not in taken()
+    }
     named = {"type": "object", "additionalProperties": False, "properties": techniques}
     one = {"anyOf": [{"enum": sorted(techniques)}, {**named, "maxProperties": 1}]}
     sections = {"validate": Validate, "checkpoint": Checkpoint, "log": Log, "stop": Stop, "sample": Sample}

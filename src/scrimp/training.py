@@ -148,6 +148,11 @@ def _resumed(place: str | Path, extend: str | None, data: Any, session: Session,
 
 
 def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
+    from scrimp.recipe import Recipe
+
+    if recipe is not None and not isinstance(recipe, Recipe):
+        fix = "Write scrimp.train(scrimp.Recipe.load(PATH)), or scrimp.Recipe.read(MAPPING)."
+        raise UserError(f"needs a Recipe, not {recipe!r}.", "train", fix)
     if (recipe is None) == (resume is None):
         raise UserError("give either a recipe or a run to resume.", "train")
     if extend is not None and resume is None:

@@ -186,7 +186,7 @@ def test_only_our_own_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "save_file", full)
+        patch.setattr(hub, "save_tensors", full)
         with pytest.raises(UserError, match="no space left"):
             hub.write(out, first.config, named(first))
     assert same(hub.loaded(out), second)

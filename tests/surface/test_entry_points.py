@@ -132,9 +132,9 @@ def test_broken_parts_of_others_are_told(package: dict[str, str], tmp_path: Path
     used = scrimp(package, "train", "r.yaml", cwd=tmp_path)
     assert used.returncode == 2
     assert (
-        "entry point `absent = absent_module:Model` of mine 1.0: cannot be loaded: ModuleNotFoundError" in used.stderr
+        "entry point `absent = absent_module:Model` of mine 1.0): cannot be loaded: ModuleNotFoundError" in used.stderr
     )
-    assert "entry point `no-class = mine` of mine 1.0: does not name a dataclass." in used.stderr
+    assert "entry point `no-class = mine` of mine 1.0): does not name a dataclass." in used.stderr
 
 
 def test_a_recipe_of_others_parts_trains(package: dict[str, str], tmp_path: Path) -> None:

@@ -167,7 +167,10 @@ def _tokenizer(settings: TextData, files: list[Path], edge: int) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return bytes_tokenizer()
     if settings.tokenizer != "bpe":
-        return Tokenizer.read(Path(settings.tokenizer).expanduser(), settings.end)
+        try:
+            return Tokenizer.read(Path(settings.tokenizer).expanduser(), settings.end)
+        except UserError as error:
+            raise UserError(error.what, f"data.tokenizer ({error.where})", error.fix) from None
     every = -(-sum(path.stat().st_size for path in files) // BPE_SAMPLE)
     texts = _watched(documents(files, settings.field, Counter()), files, "reading for the tokenizer")
     training = (text for text in texts if fingerprint(text) >= edge)
