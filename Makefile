@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 LOCKED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format pairs-full bench-peers clean
+.PHONY: help demo test lint format pairs-full bench-peers bench-plan clean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ pairs-full: $(VENV)/.dev ## Test every pair of techniques instead of a fixed sam
 bench-peers: $(VENV)/.run ## Compare with other libraries, side by side (installs them into ~/.cache/scrimp-bench).
 	$(BIN)/python benchmarks/peers/run.py --workload A16k --rounds 5 --steps 5 $(ARGS)
 	$(BIN)/python benchmarks/peers/run.py --workload gpt2-small --rounds 5 --steps 3 $(ARGS)
+
+bench-plan: $(VENV)/.dev ## Plan and run a grid of recipes, and print how far apart they are (half an hour).
+	$(BIN)/scrimp probe
+	$(BIN)/python benchmarks/plan/run.py $(ARGS)
 
 clean: ## Delete caches and builds; keeps .venv and runs/.
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis

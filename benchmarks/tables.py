@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -110,9 +111,29 @@ def names() -> str:
     return "\n".join([*lines, f"| {', '.join(f'`{name}`' for name in sorted(classes()))} | The techniques. |"])
 
 
+def plans() -> str:
+    """How far plans were from runs."""
+    rows = evidence("plan")["rows"].values()
+    lines = ["| | recipes | median error | 90th percentile | largest |", "|---|---|---|---|---|"]
+    names = {"live": "live tensors", "resident": "resident memory", "step": "seconds of a step"}
+    for key, name in names.items():
+        sound = [row for row in rows if key != "step" or row["clean"] >= 2]
+        lines.append(line(name, [row["planned"][key] / row[key] for row in sound]))
+    for other in ("deepspeed", "accelerate"):
+        lines.append(line(f"{other}'s estimate of memory", [row["others"][other] / row["live"] for row in rows]))
+    return "\n".join(lines)
+
+
+def line(name: str, ratios: list[float]) -> str:
+    """A row of errors, in percent."""
+    off = sorted(100 * abs(ratio - 1) for ratio in ratios)
+    most = off[min(len(off) - 1, round(0.9 * len(off)))]
+    return f"| {name} | {len(off)} | {statistics.median(off):.2g} % | {most:.2g} % | {off[-1]:.2g} % |"
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
-    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names,
+    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
 }  # fmt: skip
 
 

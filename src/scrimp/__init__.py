@@ -5,7 +5,8 @@
     result = train(Recipe(model="gpt-4m", techniques=(Lion(lr=1e-4),), duration="200 step"))
     model = apply(model, [LoRA(rank=8)])
 
-Every technique's class is here by name; so are `Recipe`, `train`, `apply`, `Technique`, `Card` and the errors.
+Every technique's class is here by name; so are `Recipe`, `train`, `plan`, `apply`, `Technique`, `Card`
+and the errors.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scrimp.errors import RecipeError, UserError
+    from scrimp.planning import plan
     from scrimp.recipe import Recipe
     from scrimp.run import apply
     from scrimp.technique import Card, Technique
     from scrimp.training import train
 
-__all__ = ["Card", "Recipe", "RecipeError", "Technique", "UserError", "apply", "train"]
+__all__ = ["Card", "Recipe", "RecipeError", "Technique", "UserError", "apply", "plan", "train"]
 
 _HOMES = {
     "Card": "technique", "Technique": "technique", "Recipe": "recipe", "RecipeError": "errors", "UserError": "errors",
-    "apply": "run", "train": "training",
+    "apply": "run", "plan": "planning", "train": "training",
 }  # fmt: skip
 
 
