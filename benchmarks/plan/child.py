@@ -25,9 +25,10 @@ def main(what: str, case: dict[str, Any]) -> dict[str, Any]:
 
 def planned(made: Any) -> dict[str, Any]:
     """What the plan says."""
+    from scrimp.machines.machine import free_here
     from scrimp.planning import plan
 
-    found = plan(made, "here", made.data.open())
+    found = plan(made, free_here("cpu"), made.data.open())
     return {"live": found.live, "resident": found.memory, "step": found.stages[-1].seconds,
             "parameters": found.worst.parameters}  # fmt: skip
 

@@ -1,8 +1,8 @@
 """What others would say: DeepSpeed's and accelerate's estimates of the memory a model needs to train.
 
-DeepSpeed's formula is that of `estimate_zero2_model_states_mem_needs` for one device without offloading, accelerate's
-that of `accelerate estimate-memory`; neither knows of batches, activations or techniques. `python estimators.py` checks
-both against the installed libraries, where they are installed.
+DeepSpeed's formula is that of `estimate_zero2_model_states_mem_needs` (0.19.6) for one device without offloading: 2 and
+18 bytes a parameter. accelerate's is that of `accelerate estimate-memory` (1.15): the largest of model, gradients,
+optimizer and step, for Adam. Neither knows of batches, activations or techniques.
 """
 
 from __future__ import annotations

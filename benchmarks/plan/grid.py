@@ -73,4 +73,7 @@ def grid(names: list[str], example: Any) -> dict[str, Case]:
             cases[f"{size}+{'+'.join(tuned)}"] = case(size, {"adamw": {}} | tuned)
         cases[f"{size}+recompute"] = case(size, {"adamw": {}, "recompute": {}})
         cases[f"{size}+sgd+fused_loss"] = case(size, {"sgd": {}, "fused_loss": {}})
+    for size, name in (("deep", "recompute"), ("wide", "lora"), ("long", "recompute"), ("long", "fused_loss"),
+                       ("tiny", "lion"), ("30m", "recompute")):  # fmt: skip
+        cases[f"{size}+{name}"] = case(size, ({} if name == "lion" else {"adamw": {}}) | {name: example(name)})
     return cases

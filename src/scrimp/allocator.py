@@ -18,9 +18,14 @@ THRESHOLD: Final = 1 << 20
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h
 
 
+def can_be_lean() -> bool:
+    """Whether there are thresholds to set, and the user has not forbidden it."""
+    return os.environ.get("SCRIMP_ALLOCATOR") != "default" and platform.libc_ver()[0] == "glibc"
+
+
 def lean() -> bool:
     """Set the thresholds for this process; returns whether there was something to set."""
-    if os.environ.get("SCRIMP_ALLOCATOR") == "default" or platform.libc_ver()[0] != "glibc":
+    if not can_be_lean():
         return False
     libc = ctypes.CDLL(None)
     return all(

@@ -82,6 +82,7 @@ def plan(
     overrides: Words = None,
     machine: Annotated[str, typer.Option(help="here, or a machine by name, such as A100-80.")] = "here",
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", show_default=False)] = None,
+    ranks: Annotated[int, typer.Option(help="Devices that share each batch.", min=1)] = 1,
     fit: Annotated[str, typer.Option(help="Search what makes it fit into so much memory, such as 16GB.")] = "",
     each: Annotated[bool, typer.Option("--each", help="Plan it with every technique of the catalogue.")] = False,
     json_: AsJson = False,
@@ -91,12 +92,15 @@ def plan(
     from scrimp.machines.machine import machine as find
     from scrimp.planning import plan as make
 
+    if sum((bool(fit), each, html is not None)) > 1 or (ranks > 1 and (fit or each)):
+        fix = "Call it once for each."
+        raise UserError("--fit, --each and --html do not go together, nor the first two with --ranks.", "plan", fix)
     loaded, on = load(recipe, overrides), find(machine)
     if fit:
         found = fitting.fit(loaded, on, fitting.size_of(fit), say=watch)
         typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
         return
-    made = make(loaded, on)
+    made = make(loaded, on, ranks=ranks)
     if each:
         rows = fitting.each(loaded, on, say=watch)
         typer.echo(json.dumps(planview.tips_json(rows), indent=1) if json_ else planview.tips(made, rows))
@@ -107,10 +111,41 @@ def plan(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    overrides: Words = None,
+    with_: Annotated[str, typer.Option("--with", help="Techniques in question; default: the recipe's own.")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="The whole catalogue.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A further set, such as lora+recompute.")] = None,
+    kinds: Annotated[str, typer.Option(help="Of alone, all, without, set.")] = "alone,all,without,set",
+    seeds: Annotated[int, typer.Option(help="Runs of each arm.", min=1)] = 3,
+    rates: Annotated[str, typer.Option("--lrs", help="Factors of the learning rate, tried by every arm.")] = "1",
+    same_time: Annotated[bool, typer.Option("--same-time", help="Budget of time instead of steps.")] = False,
+    until_loss: Annotated[float | None, typer.Option(help="Tell time and tokens to this loss.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; a finished run in it is never repeated.")] = None,
+) -> None:
+    """Measure techniques on your own model, data and machine: alone, together, and each left out."""
+    from scrimp import arms
+    from scrimp.compareview import text
+    from scrimp.comparing import Comparison, interval
+
+    loaded = interval(load(recipe, overrides))
+    sets = [part.split("+") for part in set_ or []]
+    named = list(filter(None, with_.split(","))) + [name for part in sets for name in part if with_]
+    techniques = arms.in_question(loaded, named, everything)
+    made, left_out = arms.arms(loaded, techniques, sets, kinds.split(","))
+    folder = out or Path("comparisons") / recipe.stem
+    mode = "same-time" if same_time else "same-steps"
+    whole = Comparison(folder, made, left_out, range(seeds), numbers(rates), mode, until_loss, typer.echo)
+    typer.echo("\n" + text(whole.run()))
+    typer.echo(f"\nAll of it is in {folder}; a page of it: scrimp report {folder}")
+
+
+@app.command()
 def probe() -> None:
     """Measure this machine once, for plans. Takes about a minute; best on an idle machine."""
     from scrimp.allocator import lean
-    from scrimp.machines.probe import probe as measure
+    from scrimp.probing import probe as measure
 
     lean()
     rates = measure(lambda what: typer.echo(f"measuring {what} ..."))
@@ -245,7 +280,22 @@ def load(path: Path, overrides: list[str] | None) -> Recipe:
 def watch(what: str) -> None:
     """Show on a terminal what is planned now."""
     if sys.stderr.isatty():
-        print(f"\r\033[Kplanning {what[:100]}", end="\r", file=sys.stderr, flush=True)
+        print(f"\r\033[Kplanning {what[:100]}\033[K", end="\r", file=sys.stderr, flush=True)
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers between commas.
+
+    Raises:
+        UserError: if one is none, or not above 0.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < value < 1e6 for value in found):
+        raise UserError(f"`{text}` are not factors above 0.", "--lrs", "Write them as 0.5,1,2.")
+    return found
 
 
 def first_line(entry: Entry) -> str:

@@ -7,9 +7,8 @@ the sets that do not fit yet, it goes on with the few that need least. A set tha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
@@ -31,8 +30,8 @@ BEAM: Final = 2
 """Sets that do not fit with which the search goes on."""
 DEPTH: Final = 6
 """Remedies a set holds at most."""
-PATIENCE: Final = 90.0
-"""Seconds after which no more sets are planned."""
+PLANS: Final = 48
+"""Sets that a search plans at most."""
 HALF: Final = "dtype"
 """The remedy that is no technique: weights and states in bfloat16."""
 
@@ -84,6 +83,8 @@ class Fit:
     """Those that fit, by predicted time."""
     closest: Option
     tried: int
+    cut: bool = False
+    """Whether the search ended before all sets were tried."""
 
 
 def fit(
@@ -101,8 +102,7 @@ def fit(
     search = Search(recipe, on, data, say, {frozenset(): given.memory})
     closest = Option((), given)
     if not given.fits:
-        closest = min((o for half in (False, True) if (o := search.most(half)) is not None),
-                      key=lambda o: o.plan.memory, default=closest)  # fmt: skip
+        closest = search.most() or closest
         if closest.plan.fits:
             search.widen()
     options = _least(search.fitting)
@@ -111,7 +111,8 @@ def fit(
         option.saved = {
             str(r): search.needs[chosen - {r}] - search.needs[chosen] for r in chosen if chosen - {r} in search.needs
         }
-    return Fit(limit, given, sorted(options, key=lambda o: o.plan.seconds), closest, len(search.needs) - 1)
+    options.sort(key=lambda o: o.plan.seconds)
+    return Fit(limit, given, options, closest, len(search.needs) - 1, search.cut)
 
 
 @dataclass
@@ -125,20 +126,25 @@ class Search:
     needs: dict[frozenset[Remedy], int]
     """Bytes that each set needs that was planned."""
     fitting: list[Option] = field(default_factory=list[Option])
+    cut: bool = False
+    """Whether sets were left untried for want of patience."""
 
-    def most(self, half: bool) -> Option | None:
-        """All remedies at once, each with its last settings, as far as they go together: if not this, nothing fits."""
-        last = {r.name: r for r in remedies(self.recipe) if r.name != HALF or half}
+    def most(self) -> Option | None:
+        """All remedies at once that save something, each with its last settings, as far as they go together.
+
+        If this does not fit, nothing does.
+        """
         chosen: tuple[Remedy, ...] = ()
-        for remedy in last.values():
-            for settings in [remedy, *(r for r in remedies(self.recipe) if r.name == remedy.name)]:
-                if self._goes((*chosen, settings)):
-                    chosen = (*chosen, settings)
-                    break
-        option = self.tried(chosen)
-        if option is not None and option.plan.fits:
-            self.fitting.append(option)
-        return option
+        for name in dict.fromkeys(r.name for r in remedies(self.recipe)):
+            kinds = [r for r in remedies(self.recipe) if r.name == name]
+            chosen = next((more for r in reversed(kinds) if self._goes(more := (*chosen, r))), chosen)
+        best = self.tried(chosen)
+        for remedy in chosen if best is not None and not best.plan.fits else ():
+            fewer = self.tried(tuple(r for r in best.remedies if r is not remedy)) if best is not None else None
+            best = fewer if fewer is not None and best is not None and fewer.plan.memory < best.plan.memory else best
+        if best is not None and best.plan.fits:
+            self.fitting.append(best)
+        return best
 
     def _goes(self, chosen: tuple[Remedy, ...]) -> bool:
         """Whether a set goes together, without planning it."""
@@ -155,11 +161,11 @@ class Search:
     def widen(self) -> None:
         """Sets of one remedy, of two, and so on; each time from the few that need least of those that do not fit."""
         front: list[tuple[Remedy, ...]] = [()]
-        began = time.monotonic()
         for _ in range(DEPTH):
             tried: list[Option] = []
             for chosen in self._larger(front):
-                if time.monotonic() - began > PATIENCE:
+                if len(self.needs) > PLANS:
+                    self.cut = True
                     return
                 option = self.tried(chosen)
                 if option is not None:
@@ -189,6 +195,8 @@ class Search:
             for remedy in chosen:
                 recipe = remedy.added(recipe)
             option = Option(chosen, plan(recipe, self.on, self.data))
+            for stage in option.plan.stages:
+                stage.ops, stage.line = [], []
         except UserError:
             return None
         self.needs[frozenset(chosen)] = option.plan.memory
@@ -200,8 +208,10 @@ def remedies(recipe: Recipe) -> Iterator[Remedy]:
     if recipe.dtype == "float32":
         yield Remedy(HALF, why="weights, gradients and states at half the size; small updates are rounded away")
     present = {t.name for t in recipe.techniques}
+    # Adapters on weights that were never trained are no remedy.
+    scratch = not getattr(recipe.model, "source", "source")
     for name, entry in catalogue().items():
-        if name not in present:
+        if name not in present and not (scratch and entry.card.trains):
             for settings in entry.card.remedies:
                 yield Remedy(name, settings, f"saves {entry.card.saves}; costs {entry.card.costs}")
 
@@ -251,7 +261,9 @@ def _with(recipe: Recipe, name: str) -> tuple[Recipe, str]:
     rivals = [t for t in recipe.techniques if set(t.card.sets) & set(kind.card.sets)]
     kept = tuple(t for t in recipe.techniques if t not in rivals)
     reason = "instead of " + ", ".join(t.name for t in rivals) if rivals else ""
-    return replace(recipe, techniques=(*kept, kind())), reason
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    technique = kind(**{name: kind.card.example[name] for name in needed})
+    return replace(recipe, techniques=(*kept, technique)), reason
 
 
 def size_of(text: str) -> int:

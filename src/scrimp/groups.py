@@ -165,4 +165,4 @@ def load_moments(
 
 def parts(optimizer: Optimizer) -> list[Optimizer]:
     """The rules inside an optimizer."""
-    return optimizer.parts if isinstance(optimizer, Several) else [optimizer]
+    return [rule for part in optimizer.parts for rule in parts(part)] if isinstance(optimizer, Several) else [optimizer]

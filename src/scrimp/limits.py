@@ -4,31 +4,34 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 
-def available() -> int:
-    """Bytes that a process on this machine's CPU may hold: the least of free memory, cgroup and ulimit."""
-    limits = [memory_free(), *cgroup_limits(), *address_limits()]
-    return min(limit for limit in limits if limit > 0)
+def available(root: Path = Path("/")) -> int:
+    """Bytes that a process may take on top of what it holds; 0 when a limit is reached.
+
+    Args:
+        root: of the system's files, for tests.
+    """
+    return min([*memory_free(root), *cgroup_limits(root), *address_limits(root)], default=1 << 60)
 
 
-def memory_free() -> int:
-    """Bytes that the system could give."""
+def memory_free(root: Path = Path("/")) -> list[int]:
+    """Bytes that the system could give, if it says so."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return [int(line.split()[1]) * 1024]
     except OSError:
         pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    pages = os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else -1
+    return [pages * os.sysconf("SC_PAGE_SIZE")] if pages > 0 else []
 
 
-def cgroup_limits() -> list[int]:
-    """What the cgroups of this process still allow, from its own up to the root."""
+def cgroup_limits(root: Path = Path("/")) -> list[int]:
+    """What the cgroups of this process leave, from its own up to the root."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     found: list[int] = []
@@ -36,44 +39,51 @@ def cgroup_limits() -> list[int]:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup/memory" if controllers else "/sys/fs/cgroup")
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        folder = root / path.lstrip("/")
+        top = root / ("sys/fs/cgroup/memory" if controllers else "sys/fs/cgroup")
+        folder = top / path.lstrip("/")
         for place in (folder, *folder.parents):
-            if place == root.parent:
+            if controllers:
+                found += _left(place, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            else:
+                found += _left(place, "memory.max", "memory.current") + _left(place, "memory.high", "memory.current")
+            if place == top:
                 break
-            found += _left(place, *names)
     return found
 
 
-def _left(folder: Path, limit: str, usage: str) -> list[int]:
+def _left(folder: Path, limit: str, usage: str, prefix: str = "") -> list[int]:
+    """What one cgroup leaves. The page cache of files is given back under pressure, that of tmpfs is not."""
     try:
-        most = (folder / limit).read_text().strip()
-        used = int((folder / usage).read_text())
-        cache = next((int(line.split()[1]) for line in (folder / "memory.stat").read_text().splitlines()
-                      if line.split()[0] in ("file", "total_cache")), 0)  # fmt: skip
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
+        rows = (line.split() for line in (folder / "memory.stat").read_text().splitlines() if line)
+        cache = sum(int(n) for name, n in rows if name in (f"{prefix}inactive_file", f"{prefix}active_file"))
     except (OSError, ValueError):
         return []
-    return [] if most == "max" or int(most) >= 1 << 60 else [int(most) - max(used - cache, 0)]
+    return [] if most == "max" or int(most) >= 1 << 60 else [max(int(most) - max(used - cache, 0), 0)]
 
 
-def address_limits() -> list[int]:
-    """What ulimit -v and -d still allow."""
+def address_limits(root: Path = Path("/")) -> list[int]:
+    """What ulimit -v and -d leave."""
+    try:
+        import resource
+    except ImportError:  # Windows has none.
+        return []
     found: list[int] = []
-    for kind, field_ in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+    for kind, column in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            try:
-                used = int(Path("/proc/self/statm").read_text().split()[field_]) * os.sysconf("SC_PAGE_SIZE")
-            except OSError:
-                used = 0
-            found.append(max(soft - used, 1))
+            found.append(max(soft - _pages(root, column), 0))
     return found
 
 
-def resident() -> int:
+def resident(root: Path = Path("/")) -> int:
     """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    return _pages(root, 1)
+
+
+def _pages(root: Path, column: int) -> int:
+    """A column of /proc/self/statm in bytes."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int((root / "proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0

@@ -15,19 +15,27 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map_only
 
-from scrimp.clock import Duration
+from scrimp.clock import Clock
+from scrimp.errors import UserError
 from scrimp.machines.machine import Machine, machine
-from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident
-from scrimp.machines.timing import seconds
+from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
+from scrimp.machines.timing import step_seconds
+from scrimp.ops import Op
+from scrimp.ranks import pretended, sent
 from scrimp.run import Run, build
-from scrimp.stages import new_clock, stage_end
-from scrimp.trace import Moment, Op, Trace, peak
+from scrimp.stages import new_clock, stage_end, validation_batches
+from scrimp.technique import Cost
+from scrimp.trace import Moment, Trace, peak
 
 if TYPE_CHECKING:
-    from scrimp.clock import Clock
     from scrimp.recipe import Recipe
     from scrimp.technique import Batch, State
 
@@ -46,8 +54,10 @@ class StagePlan:
     peak: Moment
     line: list[tuple[int, str]]
     """(live bytes, part of the run) after each allocation and release."""
+    segments: int
+    """Most bytes of segments of CUDA's allocator that hold something; 0 elsewhere."""
     reserved: int
-    """Bytes that CUDA's allocator would hold; 0 elsewhere."""
+    """Bytes that it would have reserved if nothing made it give back empty ones."""
     ops: list[Op]
     """Of one step."""
     seconds: float
@@ -56,6 +66,8 @@ class StagePlan:
     """(operator, seconds), the slowest first."""
     parameters: int
     trained: int
+    sent: int = 0
+    """Bytes that each rank sends in a step."""
 
     def flops(self) -> dict[str, float]:
         """Phase -> FLOPs of a step."""
@@ -89,9 +101,9 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes that the machine must have: resident on a CPU, reserved and the context on a GPU."""
+        """Bytes that the machine must have: resident on a CPU; segments in use and the context on a GPU."""
         if self.machine.device == "cuda":
-            return max(s.reserved for s in self.stages) + CONTEXT
+            return max(s.segments for s in self.stages) + CONTEXT
         rates = self.machine.rates
         return resident(self.live, rates.resident if rates is not None else None)
 
@@ -111,29 +123,43 @@ class Plan:
         return None if self.machine.power is None else self.machine.power * self.seconds * self.ranks
 
 
-def plan(recipe: Recipe, on: Machine | str = "here", data: Any = None) -> Plan:
+class CannotPlanError(UserError):
+    """The recipe trains, or may; but it cannot be run on tensors without values."""
+
+
+def plan(
+    recipe: Recipe, on: Machine | str = "here", data: Any = None, ranks: int = 1, clock: Clock | None = None
+) -> Plan:
     """Plan a recipe for a machine.
 
     Args:
         data: an opened data set; by default the recipe's, or its outline where it is not built yet.
+        ranks: devices that share each batch evenly; figures of memory and time are those of one.
+        clock: where a resumed run goes on; the start of the run by default.
     Raises:
         UserError: where training would raise it too.
+        CannotPlanError: if the model decides by values of tensors.
     """
     target = machine(on) if isinstance(on, str) else on
     data = outlined(recipe) if data is None else data
-    clock = new_clock(recipe, data)
-    found = Plan(recipe, target, [], notes=_notes(recipe, target, data))
-    local = replace(recipe, device="cuda" if target.device == "cuda" and torch.cuda.is_available() else "cpu")
-    last: State | None = None
+    if ranks < 1 or recipe.batch % ranks:
+        raise UserError(f"a batch of {recipe.batch} cannot be shared by {ranks} ranks.", "--ranks", "Change `batch`.")
+    found = Plan(recipe, target, [], ranks, _notes(recipe, target, data, ranks))
+    device = "cuda" if target.device == "cuda" and torch.cuda.is_available() else "cpu"
+    local = replace(recipe, device=device, batch=recipe.batch // ranks)
+    clock = Clock(**clock.state()) if clock is not None else new_clock(recipe, data)
+    carried: State | None = None
     decisions: dict[str, Any] = {}
-    while True:
-        stage, last, decisions = _stage(local, target, data, clock, last, decisions)
-        found.stages.append(stage)
-        if clock.done:
-            return found
-        clock.cuts.append(clock.position)
-        clock.stage += 1
-        gc.collect()
+    with pretended(ranks):
+        while True:
+            dry = DryRun(local, target, data, clock, ranks)
+            stage, carried, decisions = dry.stage(carried, decisions)
+            found.stages.append(stage)
+            if clock.done:
+                return found
+            clock.cuts.append(clock.position)
+            clock.stage += 1
+            gc.collect()
 
 
 def outlined(recipe: Recipe) -> Any:
@@ -141,89 +167,131 @@ def outlined(recipe: Recipe) -> Any:
     return getattr(recipe.data, "outline", recipe.data.open)()
 
 
-def _notes(recipe: Recipe, target: Machine, data: Any) -> list[str]:
+def _notes(recipe: Recipe, target: Machine, data: Any, ranks: int) -> list[str]:
     notes: list[str] = [getattr(data, "note", "")]
     half = {"bfloat16", "float16"} & {recipe.dtype, *(str(getattr(t, "dtype", "")) for t in recipe.techniques)}
     for dtype in half - set(target.flops):
         notes.append(f"{target.name} has no fast {dtype}: its products run at most at float32's rate.")
-    if target.device != "cpu" and not torch.cuda.is_available():
+    if target.device == "cuda" and not torch.cuda.is_available():
         notes.append("Kernels of the target are described, not run: this torch has no CUDA.")
     if not target.probed:
         here = "`scrimp probe` measures this machine" if target.name == "here" else "no probe of it is at hand"
         notes.append(f"Times rest on assumed rates: {here}.")
+    if ranks > 1 and not any("sharding" in t.card.sets for t in recipe.techniques):
+        notes.append("No technique shards anything: every rank holds a replica, and gradients are averaged in place.")
+    if ranks > 1 and not target.link:
+        notes.append(f"The speed of {target.name}'s links is not known: communication takes no time in this plan.")
     return [note for note in notes if note]
 
 
-def _stage(
-    recipe: Recipe, target: Machine, data: Any, clock: Clock, last: State | None, decisions: dict[str, Any]
-) -> tuple[StagePlan, State, dict[str, Any]]:
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    trace = Trace(on_cuda if target.device != "cpu" else lambda size, op, output: size)
-    with mode, trace:
-        run = build(recipe, data, clock, last, None, decisions)
-    del last
-    trace.mark([list(run.model.parameters()), list(run.model.buffers())], "weights")
-    trace.mark([run.state(), run.memories], "states")
-    trace.mark([list(run.model.parameters()), list(run.model.buffers())], "weights")
-    begin, end = clock.position, stage_end(run)
-    batch, tokens = _largest_batch(run, end)
-    first = _steps(run, batch, mode, trace)
-    step = trace.ops[first:]
-    if Duration.parse(recipe.validate.every).value and recipe.validate.batches:
-        _validate(run, batch, mode, trace)
-    cost = run.fold("price", {"seconds": 0.0, "bytes": 0.0, "fused": 0.0})
-    moment, line = peak(trace)
-    moment.total += int(cost["bytes"])
-    moment.kinds["workspace"] += int(cost["bytes"])
-    step_seconds, slowest = seconds(step, target, bool(cost["fused"]))
-    parameters = list(run.model.parameters())
-    count = _advance(clock, begin, end, recipe.batch, tokens)
-    stage = StagePlan(
-        clock.stage, count, tokens, moment, line,
-        reserved(trace.blocks) + int(cost["bytes"]) if target.device == "cuda" else 0,
-        step, step_seconds + cost["seconds"], slowest,
-        sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad),
-    )  # fmt: skip
-    with mode:
-        state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())
-    decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
-    return stage, state, decisions
+@dataclass
+class DryRun:
+    """One stage on fake tensors."""
 
+    recipe: Recipe
+    target: Machine
+    data: Any
+    clock: Clock
+    ranks: int
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+    trace: Trace = field(init=False)
 
-def _largest_batch(run: Run, end: int) -> tuple[Batch, int]:
-    """The largest of some batches of a stage, and what its loss sums over."""
-    clock = run.clock
-    steps = max(1, round((end - clock.position) / clock.per_step[clock.unit]))
-    places = sorted({clock.step + round(i * (steps - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
-    found = max((run.batch(step) for step in places), key=lambda b: sum(t.numel() for t in b.values()))
-    return found, int(run.task.count(found))
+    def __post_init__(self) -> None:
+        """Sizes are the target's: where its kernels are only described, those keep other things than a CPU's."""
+        cuda, described = self.target.device == "cuda", not torch.cuda.is_available()
+        self.trace = Trace(on_cuda if cuda and described else rounded if cuda else lambda size, op, output: size)
 
+    def stage(self, carried: State | None, decisions: dict[str, Any]) -> tuple[StagePlan, State, dict[str, Any]]:
+        """The stage's plan, and what the next one is built from.
 
-def _steps(run: Run, batch: Batch, mode: FakeTensorMode, trace: Trace) -> int:
-    """Two steps; returns the number of the second one's first operator."""
-    assert run.backward and run.step and run.optimizer
-    count = run.task.count(batch)
-    first = 0
-    with mode, trace.watching(run.model), trace:
-        trace.part, trace.kind = "batch", "activations"
-        fake = {name: torch.empty_like(t) for name, t in batch.items()}
-        trace.part, trace.kind = "step", ""
-        for _ in range(2):
-            first = len(trace.ops)
-            run.set_lr()
-            run.backward(fake, count)
-            run.step()
-            run.optimizer.zero_grad(set_to_none=True)
-            trace.mark(list(run.optimizer.state.values()), "states")
-    return first
+        Raises:
+            CannotPlanError: if the model decides by values.
+        """
+        trace, clock = self.trace, self.clock
+        run = self._built(carried, decisions)
+        begin, end = clock.position, stage_end(run)
+        batch, tokens = self._largest_batch(run, end)
+        cost = run.fold("price", Cost())
+        try:
+            step = self._steps(run, batch, cost.bytes)
+            self._validation(run)
+        except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+            where = trace.module or "training"
+            raise CannotPlanError(
+                f"decides by values of tensors ({error}).", where, "Read scalars by run.read."
+            ) from error
+        moment, line = peak(trace)
+        seconds, slowest = step_seconds(step, self.target, cost.fused)
+        parameters = list(run.model.parameters())
+        volume = sent(step, sum(p.nbytes for p in parameters if p.requires_grad), self.ranks)
+        seconds += cost.seconds + (volume / self.target.link if self.target.link else 0.0)
+        count = _advance(clock, begin, end, self.recipe.batch * self.ranks, tokens * self.ranks)
+        segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
+        planned = StagePlan(
+            clock.stage, count, tokens * self.ranks, moment, line, segments, held, step, seconds, slowest,
+            sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), volume,
+        )  # fmt: skip
+        with self.mode:
+            state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())
+        decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+        return planned, state, decisions
 
+    def _built(self, carried: State | None, decisions: dict[str, Any]) -> Run:
+        trace = self.trace
+        with self.mode, trace:
+            run = build(self.recipe, self.data, self.clock, carried, None, decisions)
+            # Each weight is drawn in float32 before it gets its type.
+            trace.kind = "workspace"
+            torch.empty(max(p.numel() for p in run.model.parameters()), dtype=torch.float32)
+            trace.kind = ""
+        self._mark(run)
+        return run
 
-def _validate(run: Run, batch: Batch, mode: FakeTensorMode, trace: Trace) -> None:
-    assert run.evaluate is not None
-    with mode, trace.watching(run.model), trace:
-        trace.part = "validation"
-        fake = {name: torch.empty_like(t) for name, t in batch.items()}
-        run.evaluate(lambda model: run.task.loss(model, fake))
+    def _mark(self, run: Run) -> None:
+        """What is a state of the optimizer or of a technique, and what a weight."""
+        state = run.state()
+        self.trace.mark([tensors for kind, tensors in state.items() if kind != "model"], "states")
+        self.trace.mark([list(run.model.parameters()), list(run.model.buffers())], "weights")
+
+    def _largest_batch(self, run: Run, end: int) -> tuple[Batch, int]:
+        """The largest of some batches of a stage, and what its loss sums over."""
+        clock = run.clock
+        steps = max(1, round((end - clock.position) / clock.per_step[clock.unit]))
+        places = sorted({clock.step + round(i * (steps - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
+        found = max((run.batch(step) for step in places), key=lambda b: sum(t.numel() for t in b.values()))
+        return found, int(run.task.count(found))
+
+    def _steps(self, run: Run, batch: Batch, price: int) -> list[Op]:
+        """Two steps; returns the operators of the second."""
+        assert run.backward and run.step and run.optimizer
+        trace, count, first = self.trace, run.task.count(batch), 0
+        with self.mode, trace.watching(run.model), trace:
+            trace.part, trace.kind = "step", "workspace"
+            priced = torch.empty(price, dtype=torch.uint8)
+            trace.kind = "activations"
+            fake = {name: torch.empty_like(t) for name, t in batch.items()}
+            trace.kind = ""
+            for _ in range(2):
+                first, trace.part = len(trace.ops), "step"
+                run.set_lr()
+                run.backward(fake, count)
+                trace.part = "update"
+                run.step()
+                run.optimizer.zero_grad(set_to_none=True)
+                self._mark(run)
+            del priced
+        return trace.ops[first:]
+
+    def _validation(self, run: Run) -> None:
+        """One batch of the validation set, the first, which is as large as any."""
+        assert run.evaluate is not None
+        trace = self.trace
+        batches = validation_batches(run)[:1]
+        with self.mode, trace.watching(run.model), trace:
+            trace.part = "validation"
+            for batch in batches:
+                fake = {name: torch.empty_like(t) for name, t in batch.items()}
+                run.evaluate(lambda model, fake=fake: run.task.loss(model, fake))
 
 
 def _advance(clock: Clock, begin: int, end: int, batch: int, tokens: int) -> int:

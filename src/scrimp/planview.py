@@ -41,15 +41,18 @@ def _memory(plan: Plan, worst: StagePlan) -> list[str]:
     place = f"stage {worst.number}, {peak.part}" if len(plan.stages) > 1 else peak.part
     lines = [f"Memory at its highest ({place})"]
     lines += [f"  {kind:14}{size(held):>12}" for kind, held in peak.kinds.items()]
-    at = f"  when {peak.op.module or 'the optimizer'} runs {peak.op.name} ({peak.op.phase})" if peak.op else ""
+    at = f"  when {peak.op.module or 'the model itself'} runs {peak.op.name} ({peak.op.phase})" if peak.op else ""
+    if peak.op and peak.op.phase == "update":
+        at = f"  when the optimizer runs {peak.op.name}"
     lines.append(f"  {'live tensors':14}{size(peak.total):>12}{at}")
     kind = "on the GPU" if plan.machine.device == "cuda" else "resident"
     verdict = "fits" if plan.fits else f"does not fit: {size(plan.memory - plan.machine.memory)} too much"
     lines.append(f"  {kind:14}{size(plan.memory):>12}  {verdict}")
     if plan.machine.device == "cuda":
-        lines.append(f"  {'':14}{'':12}  of it {size(worst.reserved)} reserved by torch's allocator")
+        segments = size(max(s.segments for s in plan.stages))
+        lines.append(f"  {'':14}{'':12}  of it {segments} in segments of torch's allocator")
     lines.append("Largest holders then")
-    lines += [f"  {size(held):>12}  {module or '(whole model)'}  {op or 'weights'}" for held, module, op in peak.held]
+    lines += [f"  {size(held):>12}  {op}{f' of {module}' if module else ''}" for held, module, op in peak.held]
     return lines
 
 
@@ -88,8 +91,10 @@ def _time(plan: Plan) -> list[str]:
         + f"; {size(last.moved())} moved",
         "  " + ", ".join(f"{name.removeprefix('aten.')} {time / last.seconds:.0%}" for name, time in last.slowest[:5]),
     ]  # fmt: skip
+    if plan.ranks > 1:
+        lines.append(f"  each of {plan.ranks:,} ranks; it sends {size(last.sent)} a step")
     if plan.joules is not None:
-        lines.append(f"  at most {plan.joules / 3.6e6:.3g} kWh at {plan.machine.power:.0f} W")
+        lines.append(f"  about {plan.joules / 3.6e6:.3g} kWh at {plan.machine.power:.0f} W")
     return lines
 
 
@@ -115,7 +120,8 @@ def fitted(fit: Fit) -> str:
             f"{', '.join(map(str, closest.remedies)) or 'none'}.",
         ]  # fmt: skip
         return "\n".join(lines)
-    lines.append(f"What fits on {machine.name}, by predicted time (of {fit.tried} sets that were planned):")
+    cut = "; more were left untried" if fit.cut else ""
+    lines.append(f"What fits on {machine.name}, by predicted time (of {fit.tried} sets that were planned{cut}):")
     for i, option in enumerate(fit.options[:8], 1):
         lines += ["", f"{i}. {size(option.plan.memory)}, {duration(option.plan.seconds)} for the run", *_lines(option)]
     return "\n".join(lines)
@@ -206,8 +212,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "parameters": s.parameters,
                 "trained": s.trained,
                 "live": s.peak.total,
+                "segments": s.segments,
                 "reserved": s.reserved,
                 "seconds": s.seconds,
+                "sent": s.sent,
                 "flops": s.flops(),
                 "moved": s.moved(),
             }

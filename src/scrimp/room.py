@@ -7,30 +7,34 @@ is exceeded ends the process without a word; that is why the refusal comes first
 
 from __future__ import annotations
 
-from math import prod
+import gc
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from scrimp.errors import UserError
-from scrimp.limits import available, resident
+from scrimp.limits import available
 from scrimp.run import configured, device_of
 
 if TYPE_CHECKING:
+    from scrimp.clock import Clock
     from scrimp.recipe import Recipe
 
-PER_WEIGHT: Final = 32
-"""Bytes a weight that the estimate allows: itself, its gradient, two moments, and as much again."""
-PER_ACTIVATION: Final = 160
-"""Bytes a token, block and channel: twice what a block keeps in float32."""
-PER_LOGIT: Final = 16
+PER_WEIGHT: Final = 8
+"""Copies of each weight that the estimate allows: itself, its gradient, two moments, and as much again."""
+PER_CHANNEL: Final = (20, 8)
+"""Values a token and block keeps, for each channel of the width and of the MLP: twice what a block has."""
+PER_LOGIT: Final = 4
+"""Values a token keeps for each entry of the vocabulary."""
 WORDS: Final = ("can't allocate memory", "not enough memory", "out of memory")
-"""What torch says when a CPU's memory has run out."""
+"""What torch says when memory has run out."""
 
 
-def check_room(recipe: Recipe, data: Any) -> None:
-    """Refuse a run that will not fit on this machine.
+def check_room(recipe: Recipe, data: Any, clock: Clock | None = None) -> None:
+    """Refuse a run that will not fit on this machine. One that cannot be planned is let through.
 
+    Args:
+        clock: where a resumed run goes on.
     Raises:
         UserError: with what is missing and what would make it fit.
     """
@@ -40,17 +44,18 @@ def check_room(recipe: Recipe, data: Any) -> None:
         return
     from scrimp.fitting import fit
     from scrimp.machines.machine import free_here
-    from scrimp.planning import plan
-
-    machine = free_here(device.type)
-    planned = plan(recipe, machine, data)
-    held = resident() if machine.device == "cpu" else 0
-    if planned.memory - held <= machine.memory:
-        return
+    from scrimp.planning import CannotPlanError, plan
     from scrimp.planview import fitted, size
 
-    what = f"the run will need {size(planned.memory)}, and {size(machine.memory + held)} are available."
-    table = fitted(fit(recipe, machine, machine.memory + held, data))
+    machine = free_here(device.type)
+    try:
+        planned = plan(recipe, machine, data, clock=clock)
+    except CannotPlanError:
+        return
+    if planned.fits:
+        return
+    what = f"the run will need {size(planned.memory)}, and {size(machine.memory)} are available."
+    table = fitted(fit(recipe, machine, machine.memory, data))
     raise UserError(what, "memory", f"Start it anyway with --force, or change the recipe.\n{table}")
 
 
@@ -65,24 +70,31 @@ def explained(recipe: Recipe, data: Any) -> UserError:
     """The error for a run that ran out of memory, when its tensors are gone: what would make it fit."""
     from scrimp.fitting import fit
     from scrimp.machines.machine import free_here
+    from scrimp.planning import CannotPlanError
     from scrimp.planview import fitted, size
 
-    machine = free_here(device_of(recipe).type)
-    limit = machine.memory + (resident() if machine.device == "cpu" else 0)
-    found = fit(recipe, machine, limit, data)
+    gc.collect()
+    device = device_of(recipe)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    machine = free_here(device.type)
+    try:
+        found = fit(recipe, machine, machine.memory, data)
+    except CannotPlanError as error:
+        return UserError("memory ran out.", "memory", f"The recipe cannot be planned: {error}")
+    fix = fitted(found)
     if found.given.fits:
         fix = f"The plan says that {size(found.given.memory)} suffice. What else holds memory on this machine?"
-    else:
-        fix = fitted(found)
-    return UserError(f"memory ran out; {size(limit)} were available.", "memory", fix)
+    return UserError(f"memory ran out; {size(machine.memory)} were available.", "memory", fix)
 
 
 def estimate(recipe: Recipe, data: Any) -> int:
     """Bytes that a run will hardly exceed, from the model's options alone; a huge number for models of others."""
     c = configured(recipe, data)
-    names = ("layers", "width", "vocab", "mlp")
-    if not all(isinstance(getattr(c, name, None), int) for name in names):
+    if not all(isinstance(getattr(c, name, None), int) for name in ("layers", "width", "vocab", "mlp")):
         return 1 << 62
-    tokens = recipe.batch * data.train.context
+    item = torch.finfo(getattr(torch, recipe.dtype)).bits // 8
     weights = c.layers * c.width * (4 * c.width + 3 * c.mlp) + 2 * c.vocab * c.width
-    return PER_WEIGHT * weights + tokens * (PER_ACTIVATION * prod((c.layers, c.width)) + PER_LOGIT * c.vocab)
+    kept = c.layers * (PER_CHANNEL[0] * c.width + PER_CHANNEL[1] * c.mlp) + PER_LOGIT * c.vocab
+    # Half precision saves less than half where sums and statistics stay in float32.
+    return max(item, 4) * (PER_WEIGHT * weights + recipe.batch * data.train.context * kept)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from scrimp import checkpoint
-from scrimp.clock import Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.meter import memory_peak
@@ -92,20 +91,6 @@ def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) ->
     path = session.folder.save(run.state(partial), meta, run.clock.step, kept.keep, name)
     session.observe("checkpoint", {"path": path})
     return path
-
-
-def validation_batches(run: Run) -> list[Batch]:
-    """The fixed validation set: the first windows of the held-out documents; none if the run is never validated."""
-    import numpy as np
-
-    from scrimp.run import to_device
-
-    if not Duration.parse(run.recipe.validate.every).value:
-        return []
-    size, held = run.recipe.batch, run.data.validation
-    count = min(run.recipe.validate.batches * size, len(held))
-    spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
-    return [to_device(run.task.batch(held.windows(ids), ids), run.device) for ids in spans]
 
 
 def measure(run: Run, session: Session) -> bool:

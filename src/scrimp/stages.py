@@ -1,15 +1,18 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""How long a run is, and where its stages end: the same for training and for planning."""
+"""How long a run is, where its stages end, and what it is validated on: the same for training and for planning."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from scrimp.clock import Clock, Duration
-from scrimp.run import Run, configured
+from scrimp.run import Run, configured, to_device
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
+    from scrimp.technique import Batch
 
 
 def new_clock(recipe: Recipe, data: Any) -> Clock:
@@ -23,4 +26,14 @@ def stage_end(run: Run) -> int:
     """Where the current stage ends at the latest: the next point at which a technique wants the run rebuilt."""
     clock = run.clock
     points = [clock.at(d) for technique in run.order.slots["stages"] for d in technique.stages()]
-    return min((p for p in points if p > clock.begun), default=clock.end)
+    return min([*(p for p in points if p > clock.begun), clock.end])
+
+
+def validation_batches(run: Run) -> list[Batch]:
+    """The fixed validation set: the first windows of the held-out documents; none if the run is never validated."""
+    if not Duration.parse(run.recipe.validate.every).value:
+        return []
+    size, held = run.recipe.batch, run.data.validation
+    count = min(run.recipe.validate.batches * size, len(held))
+    spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
+    return [to_device(run.task.batch(held.windows(ids), ids), run.device) for ids in spans]

@@ -117,6 +117,18 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a dry run cannot see of a step."""
+
+    seconds: float = 0.0
+    """On top of its operators."""
+    bytes: int = 0
+    """Held during steps, on top of live tensors."""
+    fused: bool = False
+    """Whether a compiler joins neighboring memory-bound operators of a block."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Technique:
     """The base of all techniques. A subclass is frozen, has a `card`, and overrides the slots it changes."""
 
@@ -200,8 +212,8 @@ class Technique:
         """Trained weights -> plain weights of the original architecture. Folded in reverse."""
         return named
 
-    def price(self, cost: dict[str, float], run: Run) -> dict[str, float]:
-        """What a dry run cannot see: further `seconds` a step and `bytes`, and whether operators are `fused`."""
+    def price(self, cost: Cost, run: Run) -> Cost:
+        """What a dry run cannot see, on top of what other techniques said."""
         return cost
 
     def settings(self) -> dict[str, Any]:

@@ -9,43 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from scrimp.meter import LiveBytes, storages
+from scrimp.ops import Op, described
 
-PHASES: Final = ("forward", "backward", "recompute")
-"""What autograd is doing. An operator of none of them carries the part of the run instead: build, step, validation."""
 KINDS: Final = ("weights", "gradients", "states", "activations", "workspace")
 """What memory is for, in the order of a table. Workspace is what backward passes and updates hold in between."""
-
-
-@dataclass(slots=True)
-class Op:
-    """One operator as it ran."""
-
-    name: str
-    """As torch writes it, without overload: aten.addmm."""
-    module: str
-    """Path of the module that ran it, or whose gradient it computes."""
-    phase: str
-    flops: float
-    read: int
-    """Bytes of its inputs."""
-    written: int
-    """Bytes of its outputs; 0 for views."""
-    fresh: int
-    """Bytes of memory that it asked for."""
-    shape: tuple[int, ...]
-    """(batch, m, n, k) of a product; (batch * heads, T, S, D) of attention; else the largest tensor's shape."""
-    layout: str
-    """Of a product: which operands lie column by column, such as nt. Of attention: grouped, when k has fewer heads."""
-    dtype: torch.dtype
 
 
 @dataclass(slots=True)
@@ -71,11 +45,14 @@ class Moment:
     part: str = ""
     """The part of the run, such as step or validation."""
     held: list[tuple[int, str, str]] = field(default_factory=list[tuple[int, str, str]])
-    """(bytes, module, operator) of the largest holders."""
+    """(bytes, module, operator or kind) of the largest holders."""
 
 
 class Trace(LiveBytes):
-    """Records operators and the life of storages. `part` names what the run does now.
+    """Records operators and the life of storages.
+
+    `part` names what the run does now: build, step, update, validation. Operators carry it as their phase when autograd
+    does nothing; in `step` they are then forward ones.
 
     Args:
         size: (bytes, operator, which output) -> bytes that a storage takes on the target.
@@ -106,11 +83,15 @@ class Trace(LiveBytes):
         if known and self._sizes[key] == self._given[key]:
             return
         if known:
+            # A storage that was resized is still for what it was for.
+            kind = self.blocks[self._live[key]].kind
             self._end(key)
+        else:
+            kind = self._kind()
         op = self.ops[self._current] if self._current >= 0 else None
         self._live[key], self._given[key] = len(self.blocks), self._sizes[key]
         size = self._size(self._sizes[key], op, self._output)
-        self.blocks.append(Block(size, self._current, self._kind(), self._tick()))
+        self.blocks.append(Block(size, self._current, kind, self._tick()))
 
     def _drop(self, key: int) -> None:
         super()._drop(key)
@@ -127,7 +108,12 @@ class Trace(LiveBytes):
     def _kind(self) -> str:
         if self.kind:
             return self.kind
-        return "activations" if self._phase() in ("forward", "recompute") else "workspace"
+        return "activations" if self._stack or self._phase() in ("forward", "recompute") else "workspace"
+
+    @property
+    def module(self) -> str:
+        """Path of the module that runs now."""
+        return self._stack[-1] if self._stack else ""
 
     def mark(self, value: Any, kind: str) -> None:
         """Say what the storages of these tensors are for; those not seen before are registered."""
@@ -202,78 +188,6 @@ class Trace(LiveBytes):
         return out
 
 
-def described(func: Any, args: Any, kwargs: Any, out: Any, module: str, phase: str) -> Op:
-    """An operator's record."""
-    name = str(func).removesuffix("_").rpartition(".")[0].removesuffix("_")
-    inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-    outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-    free = func.is_view or name in FREE
-    read, written = (0, 0) if free else (moved(inputs), moved(outputs))
-    if name in GATHERS:
-        read = min(read, written)
-    elif name in SCATTERS:
-        read = written = moved(inputs[-1:])
-    packet = getattr(torch.ops.aten, name.removeprefix("aten."), func.overloadpacket)
-    largest = max(inputs + outputs, key=lambda t: t.numel(), default=None)
-    op = Op(name, module, phase, 0.0, read, written, 0, tuple(largest.shape) if largest is not None else (), "",
-            largest.dtype if largest is not None else torch.float32)  # fmt: skip
-    if name in PRODUCTS:
-        a, b = inputs[-2:] if "out" not in kwargs else inputs[-3:-1]
-        op.shape, op.layout, op.dtype = product_shape(a, b), letters(a) + letters(b), a.dtype
-        op.flops = 2.0 * prod(op.shape)
-    elif "scaled_dot_product" in name and "attention" in name:
-        op.shape, op.flops, op.dtype, op.layout = attention_shape(name, args, kwargs)
-    elif packet in flop_registry:
-        op.flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-    return op
-
-
-FREE: Final = frozenset({
-    "aten.detach", "aten.alias", "aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided",
-    "aten.new_empty_strided", "aten.empty_permuted", "aten._unsafe_view", "aten.lift_fresh", "aten._local_scalar_dense",
-})  # fmt: skip
-"""Operators that move no bytes though they are no views."""
-GATHERS: Final = frozenset({"aten.embedding", "aten.index_select", "aten.gather", "aten.nll_loss_forward",
-                            "aten.nll_loss_backward"})  # fmt: skip
-"""Operators that read no more of their inputs than they write."""
-SCATTERS: Final = frozenset({"aten.scatter_add", "aten.scatter", "aten.index_add", "aten.index_put"})
-"""Operators that touch no more of their output than their last input has."""
-PRODUCTS: Final = frozenset({"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"})
-
-
-def moved(tensors: list[Tensor]) -> int:
-    """Bytes of tensors; what is expanded counts once."""
-    return sum(
-        t.element_size() * prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s) if t.numel() else 0
-        for t in tensors
-        if t.layout == torch.strided
-    )
-
-
-def product_shape(a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
-    """(batch, m, n, k) of a [.., m, k] times b [.., k, n]."""
-    return (a.shape[0] if a.ndim == 3 else 1, a.shape[-2], b.shape[-1], a.shape[-1])
-
-
-def letters(matrix: Tensor) -> str:
-    """n for rows that lie in memory one after another, t for columns that do."""
-    return "n" if matrix.stride(-1) == 1 else "t"
-
-
-def attention_shape(name: str, args: Any, kwargs: Any) -> tuple[tuple[int, int, int, int], float, torch.dtype, str]:
-    """((B * H, T, S, D), FLOPs, dtype, layout) of a fused attention; causal ones compute half.
-
-    The backward pass computes the scores again: five products for two.
-    """
-    backward = "backward" in name
-    q, k = (args[1], args[2]) if backward else (args[0], args[1])
-    batch, heads, tokens, width = q.shape
-    causal = any(a is True for a in args) or bool(kwargs.get("is_causal", False))
-    flops = (10.0 if backward else 4.0) * batch * heads * tokens * k.shape[2] * width
-    layout = "grouped" if k.shape[1] != heads else ""
-    return (batch * heads, tokens, k.shape[2], width), flops * (0.5 if causal else 1.0), q.dtype, layout
-
-
 def peak(trace: Trace) -> tuple[Moment, list[tuple[int, str]]]:
     """The highest moment of a trace, and the memory after every event with the part of the run it belongs to."""
     changes = sorted(
@@ -291,14 +205,15 @@ def peak(trace: Trace) -> tuple[Moment, list[tuple[int, str]]]:
 
 
 def moment(trace: Trace, at: int) -> Moment:
-    """Memory after an event."""
+    """Memory after an event. Weights, gradients and states are one holder each, as their makers say little of them."""
     kinds: dict[str, int] = dict.fromkeys(KINDS, 0)
     holders: dict[tuple[str, str], int] = {}
     for block in trace.blocks:
         if block.born <= at and (block.died < 0 or block.died > at):
             kinds[block.kind] += block.size
             op = trace.ops[block.op] if block.op >= 0 else None
-            key = (op.module, op.name) if op is not None else ("", "")
+            single = block.kind in ("weights", "gradients", "states") or op is None
+            key = ("", block.kind) if single or op is None else (op.module, op.name)
             holders[key] = holders.get(key, 0) + block.size
     newest = max((b for b in trace.blocks if b.born <= at), key=lambda b: b.born, default=None)
     op = trace.ops[newest.op] if newest is not None and newest.op >= 0 else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scrimp.allocator import lean
 from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
@@ -31,9 +32,8 @@ from scrimp.session import (
     release,
     sample,
     snapshot,
-    validation_batches,
 )
-from scrimp.stages import new_clock, stage_end
+from scrimp.stages import new_clock, stage_end, validation_batches
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -78,6 +78,7 @@ def train(
         UserError: for what a user can mend; a checkpoint is never lost by it.
     """
     _check_arguments(recipe, resume, extend, start)
+    lean()
     session = Session(None, observe, start=str(Path(start).absolute()) if start is not None else None)
     begun: Begun | None = None
     try:
@@ -96,7 +97,6 @@ def train(
         # The frames hold the run; without them its memory is free for the plans that follow.
         traceback.clear_frames(error.__traceback__)
         begun.last = begun.source = None
-        gc.collect()
         raise explained(begun.recipe, begun.data) from None
     finally:
         if session.folder is not None:
@@ -135,8 +135,6 @@ def _resumed(place: str | Path, extend: str | None, data: Any, session: Session,
     _, recipe, state, meta = RunFolder.reopen(place)
     data = reopened(recipe, meta) if data is None else data
     same_data(data, meta)
-    if not force:
-        check_room(recipe, data)
     clock = Clock(**meta["clock"])
     session.restore(meta)
     if extend is not None:
@@ -144,6 +142,8 @@ def _resumed(place: str | Path, extend: str | None, data: Any, session: Session,
         clock.end = clock.position if session.ended else clock.end
         clock.end += clock.at(Duration.parse(extend, "--extend"))
         session.go_on()
+    if not (force or session.ended):
+        check_room(recipe, data, clock)
     return Begun(recipe, data, clock, restored(recipe, data, state, meta), decisions=meta["decisions"])
 
 

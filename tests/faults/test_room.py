@@ -13,6 +13,8 @@ import yaml
 
 from scrimp import room
 from scrimp.errors import UserError
+from scrimp.machines.machine import free_here
+from scrimp.machines.memory import RESIDENT
 from scrimp.room import check_room, estimate, out_of_memory
 from scrimp.technique import Card, Technique
 from scrimp.training import train
@@ -26,11 +28,20 @@ def test_a_run_that_will_not_fit_is_refused_before_it_starts(tmp_path: Path, mon
     made = recipe(example("adamw"), model=BIG, data=DATA, batch=16, out=str(tmp_path / "runs"))
     monkeypatch.setattr(room, "available", lambda: 20_000_000)
     monkeypatch.setattr("scrimp.machines.machine.available", lambda: 20_000_000)
-    monkeypatch.setattr(room, "resident", lambda: 350_000_000)
-    with pytest.raises(UserError, match=r"the run will need .* MB, and 370 MB are(?s:.)*--force(?s:.)*Nothing fits"):
+    monkeypatch.setattr("scrimp.machines.machine.resident", lambda: 10**10)
+    monkeypatch.setattr("scrimp.machines.machine.remembered", lambda device: None)
+    with pytest.raises(UserError, match=r"the run will need .* MB, and 376.5 MB are(?s:.)*--force(?s:.)*What fits"):
         train(made, data=DATA.open())
     assert not (tmp_path / "runs").exists()
     assert train(made, data=DATA.open(), save=False, force=True).reason == "finished"
+
+
+def test_what_the_process_holds_beside_is_not_lent_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scrimp.machines.machine.available", lambda: 50_000_000)
+    monkeypatch.setattr("scrimp.machines.machine.remembered", lambda device: None)
+    for held in (10**8, 10**10):
+        monkeypatch.setattr("scrimp.machines.machine.resident", lambda held=held: held)
+        assert free_here("cpu").memory == 50_000_000 + min(held, RESIDENT)
 
 
 def test_a_run_that_clearly_fits_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from scrimp.errors import UserError
-from scrimp.fitting import each, fit, size_of
+from scrimp.fitting import each, fit, remedies, size_of
 from scrimp.machines.machine import Machine
 from scrimp.planning import plan
 from scrimp.planview import as_json, fit_json, fitted, page, text, tips, tips_json
@@ -57,6 +57,10 @@ def test_an_option_is_lines_that_a_recipe_reads() -> None:
     assert {t.name for t in again.techniques} == {"adamw"} | {r.name for r in option.remedies if r.name != "dtype"}
 
 
+def test_adapters_are_no_remedy_from_scratch() -> None:
+    assert "lora" not in {r.name for r in remedies(big())}
+
+
 def test_when_nothing_fits_it_says_how_much_is_missing() -> None:
     found = fit(big(), GPU, 1000)
     assert not found.options
@@ -92,7 +96,7 @@ def test_a_plan_is_text_json_and_a_page(tmp_path: Path) -> None:
     made = recipe(example("adamw"), example("stack"))
     planned = plan(made, "A100-40", made.data.open())
     shown = text(planned)
-    for words in ("Memory at its highest", "weights", "live tensors", "reserved by torch", "Stages", "kWh", "Note:"):
+    for words in ("Memory at its highest", "weights", "live tensors", "in segments of torch", "Stages", "kWh", "Note:"):
         assert words in shown
     assert max(len(line) for line in shown.splitlines()) < 140
     values = json.loads(json.dumps(as_json(planned)))

@@ -8,12 +8,14 @@ a machine nobody probed; they are guesses, and a plan says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from scrimp.errors import UserError, did_you_mean
-from scrimp.limits import available
+from scrimp.limits import available, resident
+from scrimp.machines.memory import CONTEXT, RESIDENT
 from scrimp.machines.rates import Rates
+from scrimp.machines.store import remembered
 
 PRODUCTS: Final = 0.7
 """Share of a data sheet's FLOP/s that large matrix products are assumed to reach."""
@@ -110,27 +112,46 @@ def here() -> Machine:
 
 
 def free_here(device: str) -> Machine:
-    """A device of this machine, with the memory that is free on it."""
+    """A device of this machine, with the memory that a run of this process may have on it."""
+    return _cuda_here() if device == "cuda" else _cpu_here()
+
+
+def _cpu_here() -> Machine:
+    """What a process holds before it has a model is part of what a plan counts, hence of what it may have."""
+    rates = remembered("cpu")
+    base = rates.resident if rates is not None else RESIDENT
+    memory = available() + min(resident(), base)
+    if rates is not None:
+        return Machine(name="here", device="cpu", memory=memory, flops=rates.flops(), bandwidth=rates.bandwidth(),
+                       overhead=rates.overhead, rates=rates)  # fmt: skip
     import torch
 
-    from scrimp.machines.probe import remembered
-
-    rates = remembered()
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-        like = next((m for m in KNOWN.values() if m.name.split("-")[0].replace("RTX", "RTX ") in name), None)
-        flops = dict(like.flops) if like is not None else {"float32": T}
-        return Machine(name="here", device="cuda", memory=torch.cuda.mem_get_info()[0],
-                       flops=rates.flops() if rates is not None else flops,
-                       bandwidth=rates.bandwidth() if rates is not None else like.bandwidth if like else 3e11,
-                       power=like.power if like is not None else None, rates=rates)  # fmt: skip
-    if rates is not None:
-        return Machine(name="here", device="cpu", memory=available(), flops=rates.flops(), bandwidth=rates.bandwidth(),
-                       overhead=rates.overhead, rates=rates)  # fmt: skip
     from scrimp.meter import gemm_rate
     from scrimp.products import fast_products
 
     with fast_products():
         rate = gemm_rate(torch.device("cpu"), seconds=0.1)
     flops = {"float32": rate, "float64": rate / 2}
-    return Machine(name="here", device="cpu", memory=available(), flops=flops, bandwidth=1.2e10, overhead=1e-5)
+    return Machine(name="here", device="cpu", memory=memory, flops=flops, bandwidth=1.2e10, overhead=1e-5)
+
+
+def _cuda_here() -> Machine:
+    """Free memory is what the driver has, what torch caches, and the context, which this process has made by asking."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    memory = free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated() + CONTEXT
+    rates, like = remembered("cuda"), alike(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
+    if rates is not None:
+        return Machine(name="here", device="cuda", memory=memory, flops=rates.flops(), bandwidth=rates.bandwidth(),
+                       power=like.power if like else None, link=like.link if like else 0.0, rates=rates)  # fmt: skip
+    if like is not None:
+        return replace(like, name="here", memory=memory)
+    return Machine(name="here", device="cuda", memory=memory, flops={"float32": 1e13}, bandwidth=3e11)
+
+
+def alike(name: str, memory: int) -> Machine | None:
+    """The known machine of a driver's name such as `NVIDIA A100-SXM4-80GB`, the nearest in memory."""
+    words = name.replace("-", " ").split()
+    found = [m for m in KNOWN.values() if m.name.split("-")[0].replace("RTX", "") in words]
+    return min(found, key=lambda m: abs(m.memory - memory), default=None)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from scrimp.trace import Op
+    from scrimp.ops import Op
 
 FAMILIES: Final[dict[str, str]] = {
     "aten.gelu": "gelu", "aten.gelu_backward": "gelu_backward",
@@ -96,9 +96,7 @@ class Rates:
 
     def bandwidth(self) -> float:
         """Bytes/s of large elementwise operators."""
-        return max(((size, rate) for family, size, rate in self.stream if family == "elementwise"), default=(0, 1e10))[
-            1
-        ]
+        return max((size, rate) for family, size, rate in self.stream if family == "elementwise")[1]
 
     def seconds(self, op: Op) -> float:
         """How long an operator takes."""
@@ -112,9 +110,10 @@ class Rates:
         if op.flops and op.layout:
             return time + op.flops / self._product(op, dtype)
         moved = op.read + op.written
-        if not moved:
-            return time
-        return time + moved / self._stream(family, moved)
+        streamed = moved / self._stream(family, moved) if moved else 0.0
+        # Other products, such as convolutions, were not measured: at best they run as a large matrix product does.
+        best = self.flops()
+        return time + max(streamed, op.flops / (best.get(dtype) or best["float32"]))
 
     def _product(self, op: Op, dtype: str) -> float:
         batch, m, n, k = op.shape

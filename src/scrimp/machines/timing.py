@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from scrimp.machines.machine import PRODUCTS, STREAM, Machine
-from scrimp.trace import Op
+from scrimp.ops import Op
 
 
-def seconds(ops: Sequence[Op], machine: Machine, fused: bool = False) -> tuple[float, list[tuple[str, float]]]:
+def step_seconds(ops: Sequence[Op], machine: Machine, fused: bool = False) -> tuple[float, list[tuple[str, float]]]:
     """Seconds of one step, and those of its operators, the slowest first.
 
     Args:
@@ -31,9 +32,9 @@ def seconds(ops: Sequence[Op], machine: Machine, fused: bool = False) -> tuple[f
             known[key] = rates.seconds(op) if rates is not None else roofline(op, machine)
         spent[op.name] += known[key]  # pyright: ignore[reportArgumentType]
     total = float(sum(spent.values()))
-    if machine.device == "cpu":
-        total = total * rates.factor + rates.step if rates is not None else total + 0.001
-    else:
+    if rates is not None:
+        total = total * rates.factor + rates.step
+    elif machine.device != "cpu":
         total = max(total, len(ops) * machine.overhead)
     return total, [(name, float(time)) for name, time in spent.most_common(8)]
 
@@ -46,14 +47,28 @@ def roofline(op: Op, machine: Machine) -> float:
     return time if machine.device != "cpu" else time + machine.overhead
 
 
+FUSED: Final = ("forward", "backward", "recompute")
+"""Phases that a compiler sees; the update of the optimizer is none of them."""
+
+
 def fuse(ops: Sequence[Op]) -> list[Op]:
-    """Neighboring memory-bound operators of one phase and block become one that reads and writes once."""
+    """Neighboring memory-bound operators of one phase within one block become one.
+
+    What the chain itself made is not read again; of what it makes, the last is written.
+    """
     fused: list[Op] = []
     for op in ops:
         last = fused[-1] if fused else None
-        joined = last is not None and not last.flops and not op.flops and last.phase == op.phase
-        if joined and last is not None and last.module.split(".")[:2] == op.module.split(".")[:2]:
-            fused[-1] = replace(last, written=op.written or last.written, fresh=op.fresh or last.fresh)
+        if last is not None and _joins(last, op):
+            read = last.read + max(op.read - last.written, 0)
+            fused[-1] = replace(last, read=read, written=op.written or last.written, fresh=op.fresh or last.fresh)
         else:
             fused.append(op)
     return fused
+
+
+def _joins(a: Op, b: Op) -> bool:
+    """Whether two neighbors are in one block, in one phase, and bound by memory."""
+    block = a.module.split(".")[:2]
+    inside = len(block) == 2 and b.module.split(".")[:2] == block
+    return inside and a.phase == b.phase and a.phase in FUSED and not a.flops and not b.flops

@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -29,7 +29,7 @@ from torch._guards import detect_fake_mode
 
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks, wrap_forward
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Cost, Technique
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -69,9 +69,9 @@ class Compile(Technique):
             wrap_forward(part, lambda forward: self._compiled(forward, inductor))
         return model
 
-    def price(self, cost: dict[str, float], run: Run) -> dict[str, float]:
+    def price(self, cost: Cost, run: Run) -> Cost:
         """Neighboring memory-bound operators become one, where the backend is a compiler."""
-        return cost | {"fused": float(self.backend == "inductor")}
+        return replace(cost, fused=cost.fused or self.backend == "inductor")
 
     def _compiled(self, forward: Callable[..., object], inductor: bool) -> Callable[..., object]:
         compiled = torch.compile(forward, mode=self.mode if inductor else None, backend=self.backend)

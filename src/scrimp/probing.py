@@ -7,10 +7,7 @@ cores, threads and torch's version; another one of these is another machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,15 +15,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scrimp.data.cache import cache_folder
+from scrimp.calibration import USUAL, recipe_of
+from scrimp.machines.machine import Machine
 from scrimp.machines.rates import Rates
+from scrimp.machines.store import identity, remember
+from scrimp.planning import plan
 from scrimp.products import fast_products
 
 SIDES: Final = (16, 64, 256, 1024, 4096)
@@ -38,18 +37,14 @@ SIZES: Final = tuple(4**n << 12 for n in range(8))
 Say = Callable[[str], None]
 
 
-def remembered() -> Rates | None:
-    """What an earlier probe of this machine found."""
-    return Rates.read(_place())
-
-
-def probe(say: Say = lambda text: None) -> Rates:
-    """Measure and remember. Takes about a minute.
+def probe(say: Say = lambda text: None, kind: str = "") -> Rates:
+    """Measure and remember. Takes about half a minute.
 
     Args:
         say: hears what is measured.
+        kind: cpu or cuda; by default the GPU where there is one.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(kind or ("cuda" if torch.cuda.is_available() else "cpu"))
     with fast_products(), torch.no_grad():
         say("matrix products")
         products = list(_products(device))
@@ -61,37 +56,15 @@ def probe(say: Say = lambda text: None) -> Rates:
         fresh = list(_fresh()) if device.type == "cpu" else []
     say("small runs")
     runs = _small_runs(device)
-    rates = Rates(machine(), products, attention, stream, fresh, runs["overhead"], runs["step"], int(runs["resident"]))
+    rates = Rates(identity(device.type), products, attention, stream, fresh, runs["overhead"], runs["step"],
+                  int(runs["resident"]))  # fmt: skip
     rates = _calibrated(rates, device, runs["usual"])
-    _place().write_text(rates.text(), encoding="utf-8")
+    remember(rates)
     return rates
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
-    return {"processor": name, "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "products": os.environ.get("SCRIMP_PRODUCTS", ""),
-            "allocator": os.environ.get("SCRIMP_ALLOCATOR", "")}  # fmt: skip
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _place() -> Path:
-    key = hashlib.blake2b(json.dumps(machine(), sort_keys=True).encode(), digest_size=8).hexdigest()
-    return cache_folder("", "probe") / f"{key}.json"
-
-
 def best(work: Callable[[], Any], device: torch.device, least: float = 0.004, most: int = 200) -> float:
-    """Seconds of the fastest repetition; repeats for `least` seconds, at least twice."""
+    """Seconds of the fastest repetition; repeats for `least` seconds, at least twice unless one takes `LIMIT`."""
     found, spent, count = float("inf"), 0.0, 0
     while count < 2 or (spent < least and count < most):
         begin = time.perf_counter()
@@ -106,7 +79,7 @@ def best(work: Callable[[], Any], device: torch.device, least: float = 0.004, mo
 
 
 def _products(device: torch.device) -> Iterator[tuple[str, str, int, int, int, float]]:
-    for dtype in ("float32", "bfloat16", "float64"):
+    for dtype in ("float32", "bfloat16", *(("float16",) if device.type == "cuda" else ("float64",))):
         kind = getattr(torch, dtype)
         for layout in ("nt", "nn", "tn") if dtype != "float64" else ("nn",):
             slow: float = 0.0
@@ -209,7 +182,7 @@ SMALL: Final = """
 import json, sys, time
 from scrimp.allocator import lean
 lean()
-from scrimp.machines.small import small
+from scrimp.calibration import small
 print(json.dumps(small(sys.argv[1])))
 """
 
@@ -222,12 +195,8 @@ def _small_runs(device: torch.device) -> dict[str, float]:
 
 def _calibrated(rates: Rates, device: torch.device, measured: float) -> Rates:
     """With the factor by which steps of the usual run took longer than the sum of their operators."""
-    from scrimp.machines.machine import Machine
-    from scrimp.machines.small import USUAL, recipe_of
-    from scrimp.planning import plan
-
     bare = Machine(name="here", device=device.type, memory=1 << 62, flops=rates.flops(), bandwidth=rates.bandwidth(),
                    overhead=rates.overhead, rates=rates)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         planned = plan(recipe_of(USUAL, 256, 8, 6, device.type, folder), bare).stages[0].seconds
-    return replace(rates, factor=measured / planned)
+    return replace(rates, factor=(measured - rates.step) / (planned - rates.step))

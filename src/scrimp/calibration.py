@@ -15,7 +15,7 @@ from scrimp.limits import resident
 
 TEXT: Final = "To train on less is to think about what the rest was for.\n\n"
 NOTHING: Final = {"layers": 2, "width": 16, "heads": 2}
-USUAL: Final = {"layers": 6, "width": 384, "heads": 6}
+USUAL: Final = {"layers": 6, "width": 384, "heads": 6, "vocab": 8192}
 
 
 def small(device: str) -> dict[str, float]:
