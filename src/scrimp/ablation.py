@@ -11,14 +11,14 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from scrimp.charts import BYTES, COUNT, FLOPS, MINUS, SECONDS, Axis, Line, Point, legend, line_chart, text, unit
+from scrimp.charts import BYTES, COUNT, FLOPS, MINUS, SECONDS, TIMES, Axis, Line, Point, legend, line_chart, text, unit
 from scrimp.clock import Duration
 from scrimp.errors import UserError
 from scrimp.forest import Effect, forest
 
 FILE: Final = "comparison.json"
 NONE: Final = '<span class="soft">none</span>'
-LOSS: Final = Axis("loss")
+LOSS: Final = Axis("")
 MARKS: Final = {"better": "\N{BLACK CIRCLE} better", "worse": "\N{BLACK SQUARE} worse"}
 """Verdicts as the forest plot marks them."""
 
@@ -30,7 +30,7 @@ class Cell:
     seed: int
     loss: float
     seconds: float
-    tokens: int
+    tokens: float
     tokens_per_second: float
     peak_bytes: float
     curve: list[tuple[float, float, float, float]]
@@ -136,12 +136,14 @@ def _lead(found: Comparison) -> str:
     """What was compared, and what came out, in two or three sentences."""
     count, verdicts = len(found.arms) - 1, [arm.summary.verdict for arm in found.arms[1:]]
     rates = f" Each took the best of {len(found.lrs)} learning rates." if len(found.lrs) > 1 else ""
-    budget = found.mode.replace("-", " ").replace("same", "the same", 1)
+    budget = {"same-steps": "the same number of steps", "same-time": "the same training time"}.get(
+        found.mode, found.mode
+    )
     better, worse = verdicts.count("better"), verdicts.count("worse")
     return (
-        f"{plural(count, 'set')} of techniques against a baseline, {plural(len(found.seeds), 'seed')} each, {budget}, "
-        f"same model and data.{rates} Loss is lower than the baseline's with {better}, higher with {worse}; with "
-        f"{count - better - worse} no difference was seen."
+        f"{plural(count, 'set')} of techniques against a baseline, {plural(len(found.seeds), 'seed')} each, for "
+        f"{budget}, with the same model and data.{rates} Loss is lower than the baseline's with {better}, higher with "
+        f"{worse}; with {count - better - worse} no difference was seen."
     )
 
 
@@ -153,28 +155,28 @@ def _table(found: Comparison) -> str:
         "<th>difference [95 % interval]</th><th>verdict</th><th>tokens/s</th><th>peak memory</th>"
         "<th>time to the baseline's loss</th></tr>"
     )
-    rows = "".join(_row(arm, base) for arm in found.arms)
+    rows = "".join(_row(number, arm, base) for number, arm in enumerate(found.arms, 1))
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>\n'
 
 
-def _row(arm: Arm, base: Arm) -> str:
+def _row(number: int, arm: Arm, base: Arm) -> str:
     summary, is_base = arm.summary, arm is base
     planned, rival = arm.planned, base.planned
     speed = _mean(arm.cells, lambda c: c.tokens_per_second)
     memory = _mean(arm.cells, lambda c: c.peak_bytes)
     bits = [c.bits_per_byte for c in arm.cells if c.bits_per_byte is not None]
-    rate = f'<br><span class="soft">learning rate x {arm.lr:g}</span>' if arm.lr != 1.0 else ""
+    rate = f'<br><span class="soft">learning rate {TIMES} {arm.lr:g}</span>' if arm.lr != 1.0 else ""
     per_byte = f'<br><span class="soft">{sum(bits) / len(bits):.3f} bits/byte</span>' if bits else ""
     cells = [
-        f'<th scope="row">{text(arm.name)}{rate}</th>',
+        f'<th scope="row"><span class="soft">{number}</span> {text(arm.name)}{rate}</th>',
         f'<td class="words">{text(arm.claim) or NONE}</td>',
         f"<td>{_ratio(planned.memory, rival.memory)}{_soft(amount(planned.memory, BYTES), is_base)}</td>",
         f"<td>{_ratio(planned.seconds, rival.seconds)}{_soft(amount(planned.seconds, SECONDS), is_base)}</td>",
         f"<td>{summary.loss:.4f}{per_byte}</td>",
         f"<td>{NONE if is_base else text(_words(arm))}</td>",
         f'<td class="{text(summary.verdict)}">{"baseline" if is_base else text(_marked(summary.verdict))}</td>',
-        f"<td>{summary.speed:.2f} x{_soft(f'{speed:,.0f}')}</td>",
-        f"<td>{summary.memory:.2f} x{_soft(amount(memory, BYTES))}</td>",
+        f"<td>{summary.speed:.2f}{TIMES}{_soft(f'{speed:,.0f}')}</td>",
+        f"<td>{summary.memory:.2f}{TIMES}{_soft(amount(memory, BYTES))}</td>",
         f"<td>{_reached(summary.seconds_to_baseline, base.summary.seconds_to_baseline)}</td>",
     ]
     return f"<tr>{''.join(cells)}</tr>"
@@ -200,11 +202,11 @@ def _interval(arm: Arm) -> tuple[float, float] | tuple[None, None]:
 def _reached(seconds: float | None, base: float | None) -> str:
     if seconds is None:
         return "not reached"
-    return f"{seconds / base:.2f} x{_soft(amount(seconds, SECONDS))}" if base else amount(seconds, SECONDS)
+    return f"{seconds / base:.2f}{TIMES}{_soft(amount(seconds, SECONDS))}" if base else amount(seconds, SECONDS)
 
 
 def _ratio(value: float, base: float) -> str:
-    return f"{value / base:.2f} x" if base else NONE
+    return f"{value / base:.2f}{TIMES}" if base else NONE
 
 
 def _soft(words: str, shown: bool = True) -> str:
@@ -233,12 +235,12 @@ def _charts(found: Comparison) -> str:
     by_tokens = [_line(i, arm, lambda p: p[1]) for i, arm in enumerate(found.arms)]
     by_flops = [_line(i, arm, per_step) for i, arm in enumerate(found.arms) if (per_step := _flops(found, arm))]
     return (
-        '<div class="charts">'
+        legend(by_time)
+        + '<div class="charts">'
         + line_chart("Held-out loss by training time", by_time, Axis("{}", SECONDS, zero=True), LOSS)
         + line_chart("Held-out loss by tokens", by_tokens, Axis("{}tokens", COUNT, zero=True), LOSS)
         + line_chart("Held-out loss by FLOPs, as planned", by_flops, Axis("{}", FLOPS, zero=True), LOSS)
-        + f"</div>{legend(by_time)}"
-        + '<p class="soft">Thick lines are means over the seeds, thin lines the seeds.</p>'
+        + '</div><p class="soft">Thick lines are means over the seeds, thin lines the seeds.</p>'
     )
 
 

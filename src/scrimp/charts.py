@@ -17,11 +17,11 @@ from typing import Final
 
 WIDTH: Final = 420
 HEIGHT: Final = 260
-LEFT, RIGHT, TOP, BOTTOM = 46, 28, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 46, 28, 20, 38
 COLORS: Final = ("currentColor", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES: Final = ("", "7 3", "2 3", "10 3 2 3", "14 4")
 """As many as share no factor with the colors: 35 lines differ."""
-MINUS: Final = "\N{MINUS SIGN}"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 FAINT: Final = 'stroke="currentColor" stroke-opacity="0.18"'
 MIDDLE: Final = 'stroke-opacity="0.5" stroke-dasharray="3 3"'
 Point = tuple[float, float]
@@ -140,7 +140,7 @@ def _grid(frame: Frame, x: Axis, y: Axis) -> str:
     for value, words in ticks(frame.across[0] / wide, frame.across[1] / wide):
         left = frame.place((value * wide, 0.0))[0]
         parts.append(f'<text x="{left:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{words}</text>')
-    return "".join(parts) + _foot(x.label.format(x_name), y.label.format(unit(frame.down[1], y.scales)[1]))
+    return "".join(parts) + _labels(x.label.format(x_name), y.label.format(unit(frame.down[1], y.scales)[1]))
 
 
 def _levels(frame: Frame, size: float) -> str:
@@ -153,10 +153,10 @@ def _levels(frame: Frame, size: float) -> str:
     return "".join(parts)
 
 
-def _foot(across: str, down: str) -> str:
-    """The labels of both axes, in a line below the picture."""
-    label = text(f"{across}; vertical: {down}" if across and down else across or f"vertical: {down}")
-    return f'<text x="{(WIDTH + LEFT - RIGHT) / 2:g}" y="{HEIGHT - 5}" text-anchor="middle">{label}</text>'
+def _labels(across: str, down: str) -> str:
+    """What is measured along the axes: below the picture, and above its left side."""
+    below = f'<text x="{(WIDTH + LEFT - RIGHT) / 2:g}" y="{HEIGHT - 5}" text-anchor="middle">{text(across)}</text>'
+    return below + (f'<text x="0" y="11">{text(down)}</text>' if down else "")
 
 
 def _path(points: Sequence[Point], frame: Frame) -> str:
@@ -232,7 +232,7 @@ def area(title: str, values: Sequence[float], parts: Sequence[str], scales: Scal
     drawn = [
         _levels(frame, size),
         f'<polygon points="{points}" fill="{COLORS[1]}" fill-opacity="0.3" stroke="{COLORS[1]}"/>',
-        _foot("events in their order", name),
+        _labels("", name),
     ]
     free = 0.0
     for i, part in enumerate(parts):

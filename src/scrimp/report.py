@@ -40,7 +40,7 @@ th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--rule); text-align
   white-space: nowrap }
 th:first-child { text-align: left }
 tbody th { position: sticky; left: 0; background: var(--back); white-space: normal; min-width: 7rem; max-width: 11rem }
-thead th { vertical-align: bottom } thead th[colspan] { text-align: center }
+thead th { vertical-align: bottom; white-space: normal } thead th[colspan] { text-align: center }
 .words { text-align: left; white-space: normal; min-width: 13rem }
 .better, .worse { font-weight: bold }
 .charts { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));

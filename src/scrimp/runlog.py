@@ -17,7 +17,7 @@ from scrimp.errors import UserError
 
 POINTS: Final = 150
 """Most points of a line; more steps than that are drawn as means of neighbors."""
-LOSS: Final = Axis("loss")
+LOSS: Final = Axis("")
 STEPS: Final = Axis("{}steps", COUNT, zero=True)
 TOKENS: Final = Axis("{}tokens", COUNT, zero=True)
 TIME: Final = Axis("{}", SECONDS, zero=True)
@@ -49,7 +49,7 @@ class RunLog:
             recipe = (path / "recipe.yaml").read_text(encoding="utf-8")
             lines = (path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
             place = path / "environment.json"
-            environment = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+            environment = dict(json.loads(place.read_text(encoding="utf-8"))) if place.exists() else {}
             # The last line may be half of one, of a run that is going on or was killed.
             steps, checks = _summed([json.loads(line) for line in lines if line.endswith("}")])
         except FileNotFoundError as error:
@@ -62,7 +62,7 @@ class RunLog:
             raise UserError(what, str(path), "It may be repaired by `scrimp train --resume`.") from None
         if not steps:
             raise UserError("has no steps to report yet.", str(path), "Train it first.")
-        return cls(path.resolve().name, path, recipe, _techniques(recipe), dict(environment), steps, checks)
+        return cls(path.resolve().name, path, recipe, _techniques(recipe), environment, steps, checks)
 
 
 def _summed(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -133,7 +133,8 @@ def _charts(runs: Sequence[RunLog]) -> str:
 
     training = steps("at_tokens", lambda s: s["loss"])
     return (
-        '<div class="charts">'
+        (legend(training) if len(runs) > 1 else "")
+        + '<div class="charts">'
         + line_chart("Training loss by tokens", training, TOKENS, LOSS)
         + line_chart("Held-out loss by tokens", checks("at_tokens"), TOKENS, LOSS)
         + line_chart("Held-out loss by training time", checks("at_seconds"), TIME, LOSS)
@@ -141,7 +142,7 @@ def _charts(runs: Sequence[RunLog]) -> str:
         + line_chart(
             "Peak memory so far", steps("step", lambda s: s["peak_bytes"]), STEPS, Axis("{}", BYTES, zero=True)
         )
-        + f"</div>{legend(training) if len(runs) > 1 else ''}"
+        + "</div>"
     )
 
 

@@ -102,11 +102,11 @@ def test_a_comparison_has_a_table_a_forest_plot_and_three_charts(tmp_path: Path)
         "Held-out loss by FLOPs, as planned",
     ]  # fmt: skip
     assert len(pictures(page)) == 4 + 4, "four charts, and a sample of each line in the legend"
-    assert "3 sets of techniques against a baseline, 3 seeds each, the same steps" in page
+    assert "3 sets of techniques against a baseline, 3 seeds each, for the same number of steps," in page
     assert "Loss is lower than the baseline&#x27;s with 1, higher with 1; with 1 no difference was seen." in page
     row = re.findall("<tr>.*?</tr>", page)[-3]
     assert all(
-        words in row for words in ("lion", "Claim of lion.", "\u22120.1000 [\u22120.1200, \u22120.0800]", "0.50 x")
+        words in row for words in ("lion", "Claim of lion.", "\u22120.1000 [\u22120.1200, \u22120.0800]", "0.50\u00d7")
     )
     assert 'class="better">\u25cf better' in row
     assert "not reached" in re.findall("<tr>.*?</tr>", page)[-1]
