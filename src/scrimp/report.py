@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from scrimp import ablation, runlog
-from scrimp.ablation import Comparison, plural
+from scrimp.ablation import Comparison
 from scrimp.charts import BYTES, area, text
 from scrimp.errors import UserError
 from scrimp.runlog import RunLog
@@ -105,18 +105,23 @@ def _titled(runs: Sequence[RunLog]) -> list[RunLog]:
 def page(runs: Sequence[RunLog], comparisons: Sequence[Comparison]) -> str:
     """The whole page."""
     title = ", ".join([c.name for c in comparisons] + [run.name for run in runs])
-    parts = [f"<h2>{text(c.name)}</h2>{ablation.section(c)}{_comparison_facts(c)}" for c in comparisons]
+    # One thing alone is what the page's own title names.
+    alone = len(comparisons) + bool(runs) == 1
+    parts = [f"{'' if alone else heading(c.name)}{ablation.section(c)}{_comparison_facts(c)}" for c in comparisons]
     if runs:
-        parts.append(f"<h2>{'Runs' if len(runs) > 1 else 'Run'}</h2>{runlog.section(runs)}")
-        parts += [f"<h3>{text(run.name)}</h3>{_run_facts(run)}" for run in runs]
-    counts = [plural(len(kind), noun) for kind, noun in ((comparisons, "comparison"), (runs, "run")) if kind]
+        parts.append(f"{'' if alone else heading('Runs')}{runlog.section(runs)}")
+        parts += [f"{heading(run.name, 3) if len(runs) > 1 else ''}{_run_facts(run)}" for run in runs]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{text(title)}</h1><p>Measured with Scrimp: {' and '.join(counts)}.</p>\n"
-        f"{''.join(parts)}</body></html>\n"
+        f"<body>{heading(title, 1)}{''.join(parts)}</body></html>\n"
     )
+
+
+def heading(words: str, level: int = 2) -> str:
+    """A title of a part."""
+    return f"<h{level}>{text(words)}</h{level}>\n"
 
 
 def _comparison_facts(found: Comparison) -> str:

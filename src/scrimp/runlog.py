@@ -31,7 +31,8 @@ class RunLog:
     path: Path
     recipe: str
     """Its YAML."""
-    techniques: list[str]
+    settings: dict[str, Any]
+    """The recipe as a mapping; empty where it cannot be read, which is no reason to show nothing."""
     environment: dict[str, Any]
     steps: list[dict[str, Any]]
     """A line of metrics each, with `at_tokens` and `at_seconds`: sums up to the end of the step."""
@@ -62,7 +63,7 @@ class RunLog:
             raise UserError(what, str(path), "It may be repaired by `scrimp train --resume`.") from None
         if not steps:
             raise UserError("has no steps to report yet.", str(path), "Train it first.")
-        return cls(path.resolve().name, path, recipe, _techniques(recipe), environment, steps, checks)
+        return cls(path.resolve().name, path, recipe, _settings(recipe), environment, steps, checks)
 
 
 def _summed(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -81,13 +82,30 @@ def _summed(lines: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list
     return steps, checks
 
 
-def _techniques(recipe: str) -> list[str]:
-    """Names in a recipe; none where it cannot be read, which is no reason to show nothing."""
+def _settings(recipe: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(recipe)["techniques"]
-        return [str(next(iter(t)) if isinstance(t, dict) else t) for t in found]
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, StopIteration):
-        return []
+        return dict(yaml.safe_load(recipe))
+    except (yaml.YAMLError, TypeError, ValueError):
+        return {}
+
+
+def _techniques(settings: dict[str, Any]) -> list[str]:
+    """Names in a recipe, which has a mapping, a list of names and one-entry mappings, or one name."""
+    found = settings.get("techniques") or []
+    return [
+        str(next(iter(t), "") if isinstance(t, dict) else t) for t in ([found] if isinstance(found, str) else found)
+    ]
+
+
+def lead(runs: Sequence[RunLog]) -> str:
+    """What is shown, and in which parts the recipes differ, in a sentence."""
+    if len(runs) == 1:
+        return f"One run, of {runs[0].steps[-1]['step']:,} steps."
+    every = [run.settings for run in runs]
+    keys = dict.fromkeys(key for settings in every for key in settings if key not in ("name", "out"))
+    unlike = [str(key) for key in keys if any(s.get(key) != every[0].get(key) for s in every)]
+    found = f"differ in {', '.join(unlike)}" if unlike else "are the same"
+    return f"{len(runs)} runs; their recipes {found}."
 
 
 def section(runs: Sequence[RunLog]) -> str:
@@ -103,7 +121,7 @@ def section(runs: Sequence[RunLog]) -> str:
         "table are the last validation's and the mean of the last tenth of the steps. Peak memory is the largest "
         "until then.</p>"
     )
-    return f"{table}{note}{_charts(runs)}"
+    return f"<p>{text(lead(runs))}</p>{table}{note}{_charts(runs)}"
 
 
 def _row(run: RunLog) -> str:
@@ -111,7 +129,7 @@ def _row(run: RunLog) -> str:
     tail = run.steps[-max(1, len(run.steps) // 10) :]
     cells = [
         f'<th scope="row">{text(run.name)}</th>',
-        f'<td class="words">{text(", ".join(run.techniques)) or NONE}</td>',
+        f'<td class="words">{text(", ".join(_techniques(run.settings))) or NONE}</td>',
         f"<td>{run.checks[-1]['validation_loss']:.4f}</td>" if run.checks else f"<td>{NONE}</td>",
         f"<td>{statistics.fmean(s['loss'] for s in tail):.4f}</td>",
         f"<td>{last['step']:,}</td>",

@@ -258,3 +258,12 @@ def test_ticks_are_round() -> None:
     assert [words for _, words in ticks(0, 1000, 4)] == ["0", "500", "1,000"]
     assert [words for _, words in ticks(-0.021, 0.031, 5)] == ["\u22120.02", "0.00", "0.02"]
     assert text("a\x01\ud800<") == "a\N{REPLACEMENT CHARACTER}?&lt;"
+
+
+def test_runs_are_told_apart_by_what_differs_in_their_recipes(tmp_path: Path) -> None:
+    same = [run_folder(tmp_path / name) for name in "ab"]
+    assert "2 runs; their recipes are the same." in report(same, tmp_path / "p.html").read_text()
+    other = run_folder(tmp_path / "c", recipe="name: c\nbatch: 2\ntechniques: lion\n")
+    page = report([*same, other], tmp_path / "p.html").read_text()
+    assert "3 runs; their recipes differ in techniques, batch." in page
+    assert ">lion</td>" in page
