@@ -19,8 +19,8 @@ from scrimp.forest import Effect, forest
 FILE: Final = "comparison.json"
 NONE: Final = '<span class="soft">none</span>'
 LOSS: Final = Axis("")
-MARKS: Final = {"better": "\N{BLACK CIRCLE} better", "worse": "\N{BLACK SQUARE} worse"}
-"""Verdicts as the forest plot marks them."""
+MARKS: Final = {"better": "\N{BLACK CIRCLE}", "worse": "\N{BLACK SQUARE}"}
+"""Of verdicts, as the forest plot has them."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,13 @@ def section(found: Comparison) -> str:
     """The whole comparison, as HTML; techniques' names, claims and reasons are escaped."""
     base, others = found.arms[0], found.arms[1:]
     effects = [Effect(a.name, a.summary.difference, *_interval(a), a.summary.verdict, _words(a)) for a in others]
-    label = "\N{LEFTWARDS ARROW} better    difference to the baseline's loss    worse \N{RIGHTWARDS ARROW}"
     out = "".join(f"<li>{text(name)}: {text(reason)}</li>" for name, reason in found.left_out.items())
     return (
         f"<p>{text(_lead(found))}</p>{_table(found)}"
         f'<p class="soft">Baseline: {text(", ".join(base.techniques))}. Ratios are to the baseline. Claims are the '
         "papers', for the papers' models. A verdict needs p &lt; 0.05 over the seeds.</p>"
         + (f"<p>Left out:</p><ul>{out}</ul>" if out else "")
-        + f'<div class="charts">{forest("Loss against the baseline, 95 % intervals", effects, label)}</div>'
+        + forest("Loss against the baseline, 95 % intervals", effects, "difference to the baseline's loss")
         + _charts(found)
     )
 
@@ -149,17 +148,19 @@ def _lead(found: Comparison) -> str:
 
 def _table(found: Comparison) -> str:
     base = found.arms[0]
+    claims = any(arm.claim for arm in found.arms)
     head = (
-        '<tr><th rowspan="2">technique</th><th rowspan="2" class="words">claimed</th><th colspan="2">planned</th>'
-        '<th colspan="6">measured</th></tr><tr><th>memory</th><th>time</th><th>loss</th>'
-        "<th>difference [95 % interval]</th><th>verdict</th><th>tokens/s</th><th>peak memory</th>"
-        "<th>time to the baseline's loss</th></tr>"
+        '<tr><th rowspan="2">technique</th>'
+        + ('<th rowspan="2" class="words">claimed</th>' if claims else "")
+        + '<th colspan="2" class="group">planned</th><th colspan="5" class="group">measured</th></tr>'
+        '<tr><th class="group">memory</th><th>time</th><th class="group">loss</th><th>difference [95 % interval]</th>'
+        "<th>tokens/s</th><th>peak memory</th><th>time to the baseline's loss</th></tr>"
     )
-    rows = "".join(_row(number, arm, base) for number, arm in enumerate(found.arms, 1))
+    rows = "".join(_row(number, arm, base, claims) for number, arm in enumerate(found.arms, 1))
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>\n'
 
 
-def _row(number: int, arm: Arm, base: Arm) -> str:
+def _row(number: int, arm: Arm, base: Arm, claims: bool) -> str:
     summary, is_base = arm.summary, arm is base
     planned, rival = arm.planned, base.planned
     speed = _mean(arm.cells, lambda c: c.tokens_per_second)
@@ -169,12 +170,11 @@ def _row(number: int, arm: Arm, base: Arm) -> str:
     per_byte = f'<br><span class="soft">{sum(bits) / len(bits):.3f} bits/byte</span>' if bits else ""
     cells = [
         f'<th scope="row"><span class="soft">{number}</span> {text(arm.name)}{rate}</th>',
-        f'<td class="words">{text(arm.claim) or NONE}</td>',
-        f"<td>{_ratio(planned.memory, rival.memory)}{_soft(amount(planned.memory, BYTES), is_base)}</td>",
+        f'<td class="words">{text(arm.claim) or NONE}</td>' if claims else "",
+        f'<td class="group">{_ratio(planned.memory, rival.memory)}{_soft(amount(planned.memory, BYTES), is_base)}</td>',
         f"<td>{_ratio(planned.seconds, rival.seconds)}{_soft(amount(planned.seconds, SECONDS), is_base)}</td>",
-        f"<td>{summary.loss:.4f}{per_byte}</td>",
-        f"<td>{NONE if is_base else text(_words(arm))}</td>",
-        f'<td class="{text(summary.verdict)}">{"baseline" if is_base else text(_marked(summary.verdict))}</td>',
+        f'<td class="group">{summary.loss:.4f}{per_byte}</td>',
+        f"<td>{'baseline' if is_base else f'{text(_words(arm))}<br>{_marked(summary.verdict)}'}</td>",
         f"<td>{summary.speed:.2f}{TIMES}{_soft(f'{speed:,.0f}')}</td>",
         f"<td>{summary.memory:.2f}{TIMES}{_soft(amount(memory, BYTES))}</td>",
         f"<td>{_reached(summary.seconds_to_baseline, base.summary.seconds_to_baseline)}</td>",
@@ -183,7 +183,11 @@ def _row(number: int, arm: Arm, base: Arm) -> str:
 
 
 def _marked(verdict: str) -> str:
-    return MARKS.get(verdict, f"\N{WHITE CIRCLE} {verdict}")
+    """A verdict with its mark, as HTML."""
+    mark = MARKS.get(verdict)
+    return (
+        f'<span class="{verdict}">{mark} {verdict}</span>' if mark else _soft(f"\N{WHITE CIRCLE} {verdict}", line=False)
+    )
 
 
 def _words(arm: Arm) -> str:
@@ -209,9 +213,9 @@ def _ratio(value: float, base: float) -> str:
     return f"{value / base:.2f}{TIMES}" if base else NONE
 
 
-def _soft(words: str, shown: bool = True) -> str:
-    """A second line, less prominent."""
-    return f'<br><span class="soft">{text(words)}</span>' if shown else ""
+def _soft(words: str, shown: bool = True, line: bool = True) -> str:
+    """Words that are less prominent, in a line of their own."""
+    return f'{"<br>" if line else ""}<span class="soft">{text(words)}</span>' if shown else ""
 
 
 def amount(value: float, scales: Sequence[tuple[float, str]]) -> str:

@@ -18,6 +18,10 @@ from typing import Final
 WIDTH: Final = 420
 HEIGHT: Final = 260
 LEFT, RIGHT, TOP, BOTTOM = 46, 28, 20, 38
+EARLY: Final = 0.2
+"""Share of a chart's width whose high values are not shown: the loss of an untrained model hides all else."""
+CLOSE: Final = 18
+"""Lines that end so near each other share a column of numbers."""
 COLORS: Final = ("currentColor", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES: Final = ("", "7 3", "2 3", "10 3 2 3", "14 4")
 """As many as share no factor with the colors: 35 lines differ."""
@@ -100,7 +104,6 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
         return ""
     frame = _frame(lines, x, y)
     drawn = "".join(_thin(line, frame) for line in lines) + "".join(_thick(line, frame) for line in lines)
-    # What starts far above the rest, such as the loss of an untrained model, runs out of the picture.
     name = f"clip{zlib.crc32(drawn.encode()):08x}"
     inner = f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/>'
     clip = f'<clipPath id="{name}">{inner}</clipPath><g clip-path="url(#{name})">{drawn}</g>'
@@ -124,10 +127,10 @@ def _finite(line: Line) -> Line:
 
 
 def _frame(lines: Sequence[Line], x: Axis, y: Axis) -> Frame:
-    """Ranges that hold all lines, but for high values at the very beginning."""
+    """Ranges that hold all lines, but for high values at the beginning."""
     every = [p for line in lines for points in (line.points, *line.thin) for p in points]
     low, high = 0.0 if x.zero else min(p[0] for p in every), max(p[0] for p in every)
-    late = [p[1] for p in every if p[0] >= low + 0.08 * (high - low)]
+    late = [p[1] for p in every if p[0] >= low + EARLY * (high - low)]
     bottom, top = 0.0 if y.zero else min(late), max(late)
     room = 0.05 * (top - bottom) or 0.1 * abs(top) or 1.0
     return Frame((low, high if high > low else low + 1.0), (bottom if y.zero else bottom - room, top + room))
@@ -172,27 +175,40 @@ def _thick(line: Line, frame: Frame) -> str:
     drawn = f'<polyline points="{_path(line.points, frame)}" {stroke(line.style)}/>'
     if line.dots or len(line.points) == 1:
         places = map(frame.place, line.points)
-        drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color(line.style)}"/>' for x, y in places)
+        drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="{color(line.style)}"/>' for x, y in places)
     return f"<g><title>{text(line.name)}</title>{drawn}</g>"
 
 
 def _ends(lines: Sequence[Line], frame: Frame) -> str:
-    """Each line's number at its right end, moved apart where they would lie on each other."""
+    """Each line's number at its end; where they would lie on each other they move apart, with a thread to the end."""
     if len(lines) < 2:
         return ""
-    at = [frame.place(line.points[-1]) for line in lines]
-    heights = spread([y for _, y in at], 12, TOP + 6, HEIGHT - BOTTOM)
-    return "".join(
-        f'<text x="{x + 4:.1f}" y="{y + 4:.1f}" fill="{color(line.style)}" font-weight="bold">{line.style + 1}</text>'
-        for line, (x, _), y in zip(lines, at, heights, strict=True)
-    )
+    ends = sorted(((frame.place(line.points[-1]), line.style + 1) for line in lines), key=lambda end: end[0][0])
+    groups = [[ends[0]]]
+    for before, after in itertools.pairwise(ends):
+        if after[0][0] - before[0][0] > CLOSE:
+            groups.append([])
+        groups[-1].append(after)
+    parts: list[str] = []
+    for group in groups:
+        heights, left = spread([y for (_, y), _ in group], 12, TOP + 6, HEIGHT - BOTTOM), group[-1][0][0] + 10
+        for ((x, y), number), height in zip(group, heights, strict=True):
+            parts.append(f'<line x1="{x:.1f}" y1="{y:.1f}" x2="{left:.1f}" y2="{height:.1f}" {FAINT}/>')
+            parts.append(f'<text x="{left:.1f}" y="{height + 4:.1f}" class="number">{number}</text>')
+    return "".join(parts)
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Heights near those wanted, a gap apart where there is room for it, in their order, from low to high."""
     gap = min(gap, (high - low) / max(len(wanted) - 1, 1))
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    found = [min(max(height, low), high) for height in wanted]
+    down, up = list(wanted), list(wanted)
+    for before, after in itertools.pairwise(order):
+        down[after] = max(down[after], down[before] + gap)
+    for after, before in itertools.pairwise(reversed(order)):
+        up[before] = min(up[before], up[after] - gap)
+    # Both keep the gap, and so does their mean, which moves neighbors evenly; then the bounds.
+    found = [max((a + b) / 2, low) for a, b in zip(down, up, strict=True)]
     for before, after in itertools.pairwise(order):
         found[after] = max(found[after], found[before] + gap)
     edge = high
@@ -234,15 +250,18 @@ def area(title: str, values: Sequence[float], parts: Sequence[str], scales: Scal
         f'<polygon points="{points}" fill="{COLORS[1]}" fill-opacity="0.3" stroke="{COLORS[1]}"/>',
         _labels("", name),
     ]
-    free = 0.0
-    for i, part in enumerate(parts):
-        if i and part == parts[i - 1]:
+    free, begin = 0.0, 0
+    for end in range(1, len(parts) + 1):
+        if end < len(parts) and parts[end] == parts[begin]:
             continue
-        x = frame.place((float(i), 0.0))[0]
-        ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM + 4}"'
+        left, right = (frame.place((float(i), 0.0))[0] for i in (begin, min(end, len(parts) - 1)))
+        ends = f'x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM + 4}"'
         drawn.append(f'<line {ends} stroke="currentColor" {MIDDLE}/>')
+        middle, half = (left + right) / 2, 3.5 * len(parts[begin])
         # A part that is over at once gets no name, for want of room.
-        if x >= free:
-            drawn.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{text(part)}</text>')
-            free = x + 7 * len(part) + 6
+        if middle - half >= free:
+            words = text(parts[begin])
+            drawn.append(f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{words}</text>')
+            free = middle + half
+        begin = end
     return figure(title, HEIGHT, "".join(drawn))

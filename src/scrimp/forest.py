@@ -12,6 +12,7 @@ from scrimp.charts import COLORS, MIDDLE, WIDTH, Point, figure, text, ticks
 ROW: Final = 46
 """Height of a row."""
 EDGE: Final = 14
+BETTER, WORSE = "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}"
 REACH: Final = 4.0
 """How many times the largest difference an interval is drawn before it ends in an arrow."""
 
@@ -44,14 +45,20 @@ def forest(title: str, effects: Sequence[Effect], label: str) -> str:
     def at(value: float) -> float:
         return EDGE + (value - low) / (high - low) * (WIDTH - 2 * EDGE)
 
-    zero = f'<line x1="{at(0.0):.1f}" x2="{at(0.0):.1f}" y1="4" y2="{bottom}" stroke="currentColor" {MIDDLE}/>'
     rows = "".join(_effect(e, ROW * i, at, (low, high)) for i, e in enumerate(effects))
     marks = "".join(
         f'<text x="{at(value):.1f}" y="{bottom + 16}" text-anchor="middle">{words}</text>'
         for value, words in ticks(low, high, 4)
     )
-    foot = f'<text x="{WIDTH / 2:g}" y="{bottom + 36}" text-anchor="middle">{text(label)}</text>'
-    return figure(title, bottom + 42, zero + rows + marks + foot)
+    foot = "".join(
+        f'<text x="{x:g}" y="{bottom + 36}" text-anchor="{anchor}">{words}</text>'
+        for x, anchor, words in (
+            (EDGE, "start", BETTER),
+            (WIDTH / 2, "middle", text(label)),
+            (WIDTH - EDGE, "end", WORSE),
+        )
+    )
+    return figure(title, bottom + 42, rows + marks + foot)
 
 
 def _bounds(effects: Sequence[Effect]) -> Point:
@@ -65,8 +72,9 @@ def _bounds(effects: Sequence[Effect]) -> Point:
 def _effect(effect: Effect, top: float, at: Callable[[float], float], bounds: Point) -> str:
     """Name and numbers, and below them the interval with the mean."""
     shade = {"better": COLORS[1], "worse": COLORS[2]}.get(effect.verdict, "currentColor")
-    y, x = top + 34, at(effect.mean)
+    y, x, zero = top + 34, at(effect.mean), at(0.0)
     drawn = (
+        f'<line x1="{zero:.1f}" x2="{zero:.1f}" y1="{top + 25}" y2="{top + 43}" stroke="currentColor" {MIDDLE}/>'
         f'<text x="{EDGE}" y="{top + 20}" font-weight="bold">{text(effect.name)}</text>'
         f'<text x="{WIDTH - EDGE}" y="{top + 20}" text-anchor="end">{text(effect.words)}</text>'
     )

@@ -31,25 +31,32 @@ STYLE: Final = """
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 82rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
   color: var(--fore); background: var(--back); overflow-wrap: anywhere }
-h1 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin-top: 2.5rem } h3 { font-size: 1rem }
+h1 { font-size: 1.6rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin-top: 2.5rem }
 p, ul { max-width: 46rem }
 .soft { color: var(--soft); font-size: .875rem; font-weight: normal }
 .scroll { overflow-x: auto; overflow-wrap: normal }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
   white-space: nowrap }
-th:first-child { text-align: left }
-tbody th { position: sticky; left: 0; background: var(--back); white-space: normal; min-width: 7rem; max-width: 11rem }
-thead th { vertical-align: bottom; white-space: normal } thead th[colspan] { text-align: center }
-.words { text-align: left; white-space: normal; min-width: 13rem }
+tbody th, thead tr:first-child th:first-child { position: sticky; left: 0; background: var(--back); text-align: left;
+  white-space: normal; overflow-wrap: anywhere; min-width: 7rem; max-width: 11rem }
+thead th { vertical-align: bottom; white-space: normal } thead th[colspan] { text-align: left }
+.group { border-left: 1px solid var(--rule) }
+.words { text-align: left; white-space: normal; min-width: 11rem }
 .better, .worse { font-weight: bold }
 .charts { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr));
   margin: 1.5rem 0 .5rem }
 figure { margin: 0; max-width: 34rem } figcaption { font-weight: 600 } svg { max-width: 100% }
 figure svg { display: block; width: 100% } .hollow { fill: var(--back) }
+.number { font-weight: bold; stroke: var(--back); stroke-width: 3px; paint-order: stroke }
+@media (prefers-color-scheme: dark) { [stroke="#0072b2"] { stroke: #3a94d6 } [fill="#0072b2"] { fill: #3a94d6 } }
 .legend { list-style: none; padding: 0; margin: .5rem 0; display: flex; flex-wrap: wrap; gap: .3rem 1.5rem;
   max-width: none } .legend svg { vertical-align: middle }
 details { margin: .5rem 0; border: 1px solid var(--rule); border-radius: .3rem; padding: .5rem .8rem }
+@media (max-width: 40rem) {
+  table, .legend { font-size: .82rem } th, td { padding: .35rem .45rem } .words { min-width: 9rem }
+  tbody th { min-width: 5.5rem; max-width: 8rem } td .soft, th .soft { font-size: .78rem }
+}
 summary { cursor: pointer } pre { overflow-x: auto; background: var(--panel); padding: .7rem; font-size: .8rem;
   overflow-wrap: normal }
 """
@@ -110,7 +117,8 @@ def page(runs: Sequence[RunLog], comparisons: Sequence[Comparison]) -> str:
     parts = [f"{'' if alone else heading(c.name)}{ablation.section(c)}{_comparison_facts(c)}" for c in comparisons]
     if runs:
         parts.append(f"{'' if alone else heading('Runs')}{runlog.section(runs)}")
-        parts += [f"{heading(run.name, 3) if len(runs) > 1 else ''}{_run_facts(run)}" for run in runs]
+        plans = "".join(_memory(run.path / "recipe.yaml", run.name) for run in runs)
+        parts += [f'<div class="charts">{plans}</div>', *map(_run_facts, runs)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -128,14 +136,16 @@ def _comparison_facts(found: Comparison) -> str:
     """Memory over the baseline's step, its recipe, and where it was measured."""
     recipe = yaml.safe_dump(found.recipe, sort_keys=False, allow_unicode=True)
     environment = found.environment | ({"commit": found.commit} if found.commit else {})
-    return _memory(found.recipe, "the baseline") + details("Recipe of the baseline", recipe) + _where(environment)
+    memory = f'<div class="charts">{_memory(found.recipe, "the baseline")}</div>'
+    return memory + details("Recipe of the baseline", recipe) + _where(environment)
 
 
 def _run_facts(run: RunLog) -> str:
-    return _memory(run.path / "recipe.yaml", "this run") + details("Recipe", run.recipe) + _where(run.environment)
+    """A run's recipe, and where it was measured."""
+    return details(f"Recipe of {run.name}", run.recipe) + _where(run.environment, f" of {run.name}")
 
 
-def _where(environment: dict[str, Any]) -> str:
+def _where(environment: dict[str, Any], whose: str = "") -> str:
     """Machine and versions in a line, and all that is known of them folded away."""
     if not environment:
         return ""
@@ -143,7 +153,7 @@ def _where(environment: dict[str, Any]) -> str:
     known += [f"{environment[key]} threads" for key in ("threads",) if key in environment]
     known += [f"{key} {environment[key]}" for key in ("torch", "scrimp", "python") if key in environment]
     rows = json.dumps(environment, indent=1, ensure_ascii=False)
-    return details(f"Environment: {', '.join(filter(None, known))}", rows)
+    return details(f"Environment{whose}: {', '.join(filter(None, known))}", rows)
 
 
 def details(title: str, content: str) -> str:
@@ -169,8 +179,8 @@ def _memory(source: Path | dict[str, Any], whose: str) -> str:
     except Exception as error:  # whatever another machine's, version's or package's recipe meets here
         told = str(error).split("\n")[-1].strip(" -") or type(error).__name__
         return f'<p class="soft">Memory over a step cannot be planned here: {text(told)}</p>'
-    title = f"Memory over two steps and a validation of {whose}, as planned"
-    return f'<div class="charts">{area(title, values, parts, BYTES)}</div>'
+    title = f"Planned memory of {whose} over two steps"
+    return area(title, values, parts, BYTES)
 
 
 def _slow(recipe: Recipe) -> str:
