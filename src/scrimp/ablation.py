@@ -169,7 +169,7 @@ def _row(number: int, arm: Arm, base: Arm, claims: bool) -> str:
     rate = f'<br><span class="soft">learning rate {TIMES} {arm.lr:g}</span>' if arm.lr != 1.0 else ""
     per_byte = f'<br><span class="soft">{sum(bits) / len(bits):.3f} bits/byte</span>' if bits else ""
     cells = [
-        f'<th scope="row"><span class="soft">{number}</span> {text(arm.name)}{rate}</th>',
+        f'<th scope="row"><span class="soft">{number}</span> {broken(arm.name)}{rate}</th>',
         f'<td class="words">{text(arm.claim) or NONE}</td>' if claims else "",
         f'<td class="group">{_ratio(planned.memory, rival.memory)}{_soft(amount(planned.memory, BYTES), is_base)}</td>',
         f"<td>{_ratio(planned.seconds, rival.seconds)}{_soft(amount(planned.seconds, SECONDS), is_base)}</td>",
@@ -222,6 +222,11 @@ def amount(value: float, scales: Sequence[tuple[float, str]]) -> str:
     """A value with the unit that suits it."""
     size, name = unit(value, scales)
     return f"{value / size:,.3g} {name}" if value < 1000 * size else f"{value / size:,.0f} {name}"
+
+
+def broken(name: str) -> str:
+    """A name as HTML that may go on in a new line after an underscore."""
+    return text(name).replace("_", "_<wbr>")
 
 
 def plural(count: int, noun: str) -> str:

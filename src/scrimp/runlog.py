@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from scrimp.ablation import NONE, amount
+from scrimp.ablation import NONE, amount, broken
 from scrimp.charts import BYTES, COUNT, SECONDS, Axis, Line, Point, legend, line_chart, text
 from scrimp.errors import UserError
 
@@ -128,7 +128,7 @@ def _row(run: RunLog) -> str:
     last = run.steps[-1]
     tail = run.steps[-max(1, len(run.steps) // 10) :]
     cells = [
-        f'<th scope="row">{text(run.name)}</th>',
+        f'<th scope="row">{broken(run.name)}</th>',
         f'<td class="words">{text(", ".join(_techniques(run.settings))) or NONE}</td>',
         f"<td>{run.checks[-1]['validation_loss']:.4f}</td>" if run.checks else f"<td>{NONE}</td>",
         f"<td>{statistics.fmean(s['loss'] for s in tail):.4f}</td>",
