@@ -19,6 +19,7 @@ from scrimp.forest import Effect, forest
 FILE: Final = "comparison.json"
 NONE: Final = '<span class="soft">none</span>'
 LOSS: Final = Axis("")
+CLAIMS: Final = "Claims are the papers', for the papers' models. "
 MARKS: Final = {"better": "\N{BLACK CIRCLE}", "worse": "\N{BLACK SQUARE}"}
 """Of verdicts, as the forest plot has them."""
 
@@ -123,8 +124,8 @@ def section(found: Comparison) -> str:
     out = "".join(f"<li>{text(name)}: {text(reason)}</li>" for name, reason in found.left_out.items())
     return (
         f"<p>{text(_lead(found))}</p>{_table(found)}"
-        f'<p class="soft">Baseline: {text(", ".join(base.techniques))}. Ratios are to the baseline. Claims are the '
-        "papers', for the papers' models. A verdict needs p &lt; 0.05 over the seeds.</p>"
+        f'<p class="soft">Baseline: {text(", ".join(base.techniques))}. Ratios are to the baseline. '
+        f"{CLAIMS if any(arm.claim for arm in found.arms) else ''}A verdict needs p &lt; 0.05 over the seeds.</p>"
         + (f"<p>Left out:</p><ul>{out}</ul>" if out else "")
         + forest("Loss against the baseline, 95 % intervals", effects, "difference to the baseline's loss")
         + _charts(found)
@@ -193,8 +194,13 @@ def _marked(verdict: str) -> str:
 def _words(arm: Arm) -> str:
     """The difference with its interval."""
     low, high = _interval(arm)
-    width = "" if low is None or high is None else f" [{low:+.4f}, {high:+.4f}]"
-    return f"{arm.summary.difference:+.4f}{width}".replace("-", MINUS)
+    width = "" if low is None or high is None else f" [{_signed(low)}, {_signed(high)}]"
+    return f"{_signed(arm.summary.difference)}{width}"
+
+
+def _signed(value: float) -> str:
+    """With a sign, but for the zero that it may round to."""
+    return f"{round(value, 4) + 0.0:+.4f}".replace("-", MINUS)
 
 
 def _interval(arm: Arm) -> tuple[float, float] | tuple[None, None]:

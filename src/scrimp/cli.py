@@ -212,7 +212,7 @@ def generate(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path], typer.Argument(help="Folders of runs and of comparisons.", metavar="FOLDER...")],
+    paths: Annotated[list[Path], typer.Argument(help="Folders of runs and of comparisons.", metavar="FOLDER")],
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
 ) -> None:
     """Write one HTML page about runs and comparisons: tables, plots, recipes."""

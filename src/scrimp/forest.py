@@ -12,6 +12,8 @@ from scrimp.charts import COLORS, MIDDLE, WIDTH, Point, figure, text, ticks
 ROW: Final = 46
 """Height of a row."""
 EDGE: Final = 14
+ROOM: Final = 26
+"""Letters of a name that fit beside the numbers."""
 BETTER, WORSE = "\N{LEFTWARDS ARROW} better", "worse \N{RIGHTWARDS ARROW}"
 REACH: Final = 4.0
 """How many times the largest difference an interval is drawn before it ends in an arrow."""
@@ -72,10 +74,11 @@ def _bounds(effects: Sequence[Effect]) -> Point:
 def _effect(effect: Effect, top: float, at: Callable[[float], float], bounds: Point) -> str:
     """Name and numbers, and below them the interval with the mean."""
     shade = {"better": COLORS[1], "worse": COLORS[2]}.get(effect.verdict, "currentColor")
+    name = effect.name if len(effect.name) <= ROOM else effect.name[: ROOM - 1] + "\N{HORIZONTAL ELLIPSIS}"
     y, x, zero = top + 34, at(effect.mean), at(0.0)
     drawn = (
         f'<line x1="{zero:.1f}" x2="{zero:.1f}" y1="{top + 25}" y2="{top + 43}" stroke="currentColor" {MIDDLE}/>'
-        f'<text x="{EDGE}" y="{top + 20}" font-weight="bold">{text(effect.name)}</text>'
+        f'<text x="{EDGE}" y="{top + 20}" font-weight="bold">{text(name)}</text>'
         f'<text x="{WIDTH - EDGE}" y="{top + 20}" text-anchor="end">{text(effect.words)}</text>'
     )
     if effect.low is not None and effect.high is not None:
@@ -88,7 +91,7 @@ def _effect(effect: Effect, top: float, at: Callable[[float], float], bounds: Po
         "worse": f'<rect x="{x - 5:.1f}" y="{y - 5}" width="10" height="10" fill="{shade}"/>',
     }
     hollow = f'<circle cx="{x:.1f}" cy="{y}" r="4" class="hollow" fill="white" stroke="{shade}" stroke-width="2"/>'
-    return f"<g>{drawn}{shapes.get(effect.verdict, hollow)}</g>"
+    return f"<g><title>{text(effect.name)}</title>{drawn}{shapes.get(effect.verdict, hollow)}</g>"
 
 
 def _cap(x: float, y: float, shade: str, way: int) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from scrimp import ablation, runlog
-from scrimp.ablation import Comparison
+from scrimp.ablation import Comparison, plural
 from scrimp.charts import BYTES, area, text
 from scrimp.errors import UserError
 from scrimp.runlog import RunLog
@@ -150,7 +150,7 @@ def _where(environment: dict[str, Any], whose: str = "") -> str:
     if not environment:
         return ""
     known = [str(environment.get(key) or "") for key in ("processor", "cuda")]
-    known += [f"{environment[key]} threads" for key in ("threads",) if key in environment]
+    known += [plural(environment["threads"], "thread")] if "threads" in environment else []
     known += [f"{key} {environment[key]}" for key in ("torch", "scrimp", "python") if key in environment]
     rows = json.dumps(environment, indent=1, ensure_ascii=False)
     return details(f"Environment{whose}: {', '.join(filter(None, known))}", rows)
@@ -179,7 +179,7 @@ def _memory(source: Path | dict[str, Any], whose: str) -> str:
     except Exception as error:  # whatever another machine's, version's or package's recipe meets here
         told = str(error).split("\n")[-1].strip(" -") or type(error).__name__
         return f'<p class="soft">Memory over a step cannot be planned here: {text(told)}</p>'
-    title = f"Planned memory of {whose} over two steps"
+    title = f"Planned memory of {whose} over two steps (live tensors)"
     return area(title, values, parts, BYTES)
 
 

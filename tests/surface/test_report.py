@@ -181,7 +181,7 @@ def test_memory_over_a_step_is_planned(tmp_path: Path) -> None:
         {"model": {"layers": 1, "width": 16, "heads": 2}} | {k: RECIPE[k] for k in RECIPE if k != "model"}
     )
     page = report([run_folder(tmp_path / "r", recipe=tiny)], tmp_path / "page.html").read_text()
-    assert "Planned memory of r over two steps" in captions(page)
+    assert "Planned memory of r over two steps (live tensors)" in captions(page)
     assert pictures(page)
 
 
@@ -245,6 +245,7 @@ def test_a_wide_interval_ends_in_an_arrow() -> None:
     plot = forest("t", [Effect("a", 0.1, -9.0, 9.0, "", ""), Effect("b", -0.1, -0.2, 0.0, "better", "")], "x")
     assert plot.count("<polygon") == 2
     assert pictures(plot)
+    assert ">" + "n" * 25 + "\N{HORIZONTAL ELLIPSIS}<" in forest("t", [Effect("n" * 40, 0.1, None, None, "", "")], "x")
     assert forest("t", [Effect("a", math.nan, None, None, "", "")], "x") == ""
 
 
