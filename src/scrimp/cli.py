@@ -246,6 +246,17 @@ def generate(
 
 
 @app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="Folders of runs and of comparisons.", metavar="FOLDER")],
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+) -> None:
+    """Write one HTML page about runs and comparisons: tables, plots, recipes."""
+    from scrimp.report import report as write
+
+    typer.echo(f"Wrote {write(paths, out)}")
+
+
+@app.command()
 def demo(
     steps: Annotated[int, typer.Option(help="Steps of each of the two runs.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the plot.")] = Path("runs/demo"),
