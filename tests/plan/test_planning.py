@@ -20,7 +20,7 @@ from scrimp.recipe import Recipe
 from scrimp.registry import modules
 from scrimp.technique import Card, Cost, Technique
 from scrimp.techniques.incremental.stack import Stack
-from scrimp.techniques.optimizers.sgd import SGD as Sgd
+from scrimp.techniques.optimizers.sgd import SGD
 from scrimp.trace import Trace
 from scrimp.training import train
 from tiny import MODEL, TinyData, example, recipe, run_of, step
@@ -250,7 +250,7 @@ def test_collectives_are_counted_by_their_volume() -> None:
 
 
 def test_states_of_several_rules_are_states() -> None:
-    made = recipe(example("adamw"), Sgd(params="blocks.*"))
+    made = recipe(example("adamw"), SGD(params="blocks.*"))
     stage = plan(made, CPU, made.data.open()).stages[0]
     weights = {n: p.numel() * 4 for n, p in run_of(made).model.named_parameters()}
     wanted = sum(size * (1 if n.startswith("blocks") else 2) for n, size in weights.items())
