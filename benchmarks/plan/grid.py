@@ -17,6 +17,8 @@ SIZES: Final[dict[str, Case]] = {
     "long": {"layers": 4, "width": 256, "heads": 4, "context": 1024, "batch": 2, "vocab": 8192},
 }
 LLAMA: Final[Case] = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
+RULES: Final = ("sgd", "adam", "adamw", "lion", "muon")
+"""Update rules, which take AdamW's place."""
 TUNED: Final = ({"lora": {"rank": 8}}, {"lora": {"rank": 8}, "recompute": {}},
                 {"lora": {"rank": 8}, "recompute": {}, "fused_loss": {}})  # fmt: skip
 PAIRS: Final = (
@@ -64,7 +66,7 @@ def grid(names: list[str], example: Any) -> dict[str, Case]:
         cases[f"10m/{name}"] = case("10m", changes=LLAMA if name == "llama" else {"tied": False})
     for name in names:
         if name != "compile":
-            rule = name in ("sgd", "adam", "adamw", "lion")
+            rule = name in RULES
             cases[f"4m+{name}"] = case("4m", {name: example(name)} | ({} if rule else {"adamw": {}}))
     for pair in PAIRS:
         cases[f"10m+{'+'.join(pair)}"] = case("10m", {"adamw": {}} | {name: example(name) for name in pair})

@@ -66,14 +66,14 @@ def test_import_and_list_do_not_import_torch() -> None:
 
 def test_show_says_what_a_technique_clashes_with() -> None:
     done = subprocess.run([sys.executable, "-m", "scrimp", "show", "lion"], capture_output=True, text=True, check=True)
-    assert "Clashes with: adam, adamw, sgd" in done.stdout
+    assert "Clashes with: adam, adamw, muon, sgd" in done.stdout
     assert "weight_decay: float = 1.0" in done.stdout
 
 
 def test_a_mistake_on_the_command_line_is_two_lines_and_exit_2(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "scrimp", "show", "lyon"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "scrimp: there is no technique `lyon`. Did you mean lion or lora?"
+    assert done.stderr.strip() == "scrimp: there is no technique `lyon`. Did you mean lion or muon or lora?"
     done = subprocess.run(
         [sys.executable, "-m", "scrimp", "train", "none.yaml"], capture_output=True, text=True, cwd=tmp_path
     )
