@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 LOCKED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format pairs-full bench-peers bench-plan clean
+.PHONY: help demo test lint format docs pairs-full bench-peers bench-plan clean
 
 help: ## Print this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ format: $(VENV)/.dev ## Fix style and formatting in place.
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/.docs ## Build the documentation into site/, to be read from there: site/index.html.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+
 pairs-full: $(VENV)/.dev ## Test every pair of techniques instead of a fixed sample (slow).
 	SCRIMP_PAIRS=full $(BIN)/python -m pytest tests/pairs $(ARGS)
 
@@ -43,7 +46,7 @@ clean: ## Delete caches and builds; keeps .venv and runs/.
 	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The two stamps record what is installed, and are renewed when the requirements change.
+# The stamps record what is installed, and are renewed when the requirements change.
 
 $(BIN)/python:
 	$(PY) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
@@ -56,4 +59,9 @@ $(VENV)/.run: $(LOCKED) | $(BIN)/python
 $(VENV)/.dev: $(LOCKED) | $(BIN)/python
 	@echo "Installing scrimp and its development tools into $(VENV)"
 	@$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.run $@
+
+$(VENV)/.docs: $(LOCKED) | $(BIN)/python
+	@echo "Installing scrimp and what builds its documentation into $(VENV)"
+	@$(INSTALL) -e '.[docs]'
 	@touch $(VENV)/.run $@

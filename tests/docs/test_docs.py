@@ -22,7 +22,7 @@ BLOCKS = [
 @pytest.mark.parametrize(("page", "i", "code"), [(p, i, c) for p, i, kind, c in BLOCKS if kind == "python"])
 def test_python_runs(page: str, i: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, f"{page}:{i}", "exec"), {"__name__": f"docs_{i}"})
+    exec(compile(code, f"{page}:{i}", "exec", dont_inherit=True), {"__name__": f"docs_{i}"})
 
 
 @pytest.mark.parametrize(("page", "i", "code"), [(p, i, c) for p, i, kind, c in BLOCKS if kind == "yaml"])
