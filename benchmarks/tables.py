@@ -128,7 +128,7 @@ def line(name: str, ratios: list[float]) -> str:
     """A row of errors, in percent."""
     off = sorted(100 * abs(ratio - 1) for ratio in ratios)
     most = off[min(len(off) - 1, round(0.9 * len(off)))]
-    return f"| {name} | {len(off)} | {statistics.median(off):.2g} % | {most:.2g} % | {off[-1]:.2g} % |"
+    return f"| {name} | {len(off)} | {statistics.median(off):.2f} % | {most:.2f} % | {off[-1]:.2f} % |"
 
 
 WRITERS: Final[dict[str, Callable[[], str]]] = {
