@@ -131,9 +131,27 @@ def line(name: str, ratios: list[float]) -> str:
     return f"| {name} | {len(off)} | {statistics.median(off):.2f} % | {most:.2f} % | {off[-1]:.2f} % |"
 
 
+def catalogue() -> str:
+    """What a comparison of the whole catalogue found."""
+    found = evidence("catalogue")
+    lines = ["| | planned memory, time | measured memory, time | loss | verdict |", "|---|---|---|---|---|"]
+    base = found["arms"][0]
+    for arm in found["arms"]:
+        planned, seen = arm["planned"], arm["summary"]
+        memory, time = (planned[key] / base["planned"][key] for key in ("memory", "seconds"))
+        change = f"{seen['difference']:+.3f} ± {(seen['interval'][1] - seen['interval'][0]) / 2:.3f}"
+        loss = f"{seen['loss']:.3f}" if arm is base else change
+        lines.append(f"| `{arm['name']}` | {memory:.2f}, {time:.2f} | {seen['memory']:.2f}, {seen['time']:.2f} | {loss} "
+                     f"| {seen['verdict']} |")  # fmt: skip
+    seeds = len(found["seeds"])
+    steps = found["recipe"]["duration"]
+    about = f"{seeds} seeds, {steps}s, {', '.join(base['techniques'])} as the baseline; ratios to it."
+    return "\n".join([*lines, "", about])
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
-    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
+    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue,
 }  # fmt: skip
 
 
