@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 MODES: Final = ("same-steps", "same-time")
 PACE: Final = 10
 """Steps by which an arm's pace is measured."""
+CLOSE: Final = 1e-3
+"""Nats a token within which a loss counts as reached: sums in another order are no other loss."""
 Say = Callable[[str], None]
 Cell = dict[str, Any]
 
@@ -50,7 +52,7 @@ class Comparison:
     """Factors of the learning rate that every arm is tried with, at the first seed."""
     mode: str = "same-steps"
     target: float | None = None
-    """Loss to which time and tokens are told; None for the baseline's own."""
+    """Loss to which time and tokens are told; None for the baseline's own, seed by seed."""
     say: Say = lambda text: None
     plans: dict[str, Plan] = field(default_factory=dict[str, Plan])
     data: Any = None
@@ -213,8 +215,8 @@ def summary(row: dict[str, Any], base: dict[str, Any], target: float | None) -> 
     """An arm against the baseline."""
     cells, others = row["cells"], base["cells"]
     difference = paired([c["loss"] for c in cells], [c["loss"] for c in others])
-    aim = target if target is not None else statistics.fmean(c["loss"] for c in others)
-    reached = [reach(c["curve"], aim) for c in cells]
+    aims = [target if target is not None else other["loss"] for other in others]
+    reached = [reach(c["curve"], aim + CLOSE) for c, aim in zip(cells, aims, strict=True)]
     verdict = "no difference seen"
     if row is base:
         verdict = "baseline"
