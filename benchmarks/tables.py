@@ -141,8 +141,8 @@ def catalogue() -> str:
         memory, time = (planned[key] / base["planned"][key] for key in ("memory", "seconds"))
         change = f"{seen['difference']:+.3f} ± {(seen['interval'][1] - seen['interval'][0]) / 2:.3f}"
         loss = f"{seen['loss']:.3f}" if arm is base else change
-        lines.append(f"| `{arm['name']}` | {memory:.2f}, {time:.2f} | {seen['memory']:.2f}, {seen['time']:.2f} | {loss} "
-                     f"| {seen['verdict']} |")  # fmt: skip
+        measured = f"{seen['memory']:.2f}, {seen['time']:.2f} | {loss} | {seen['verdict']}"
+        lines.append(f"| `{arm['name']}` | {memory:.2f}, {time:.2f} | {measured} |")
     seeds = len(found["seeds"])
     steps = found["recipe"]["duration"]
     about = f"{seeds} seeds, {steps}s, {', '.join(base['techniques'])} as the baseline; ratios to it."
@@ -151,7 +151,8 @@ def catalogue() -> str:
 
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
-    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue,
+    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
+    "catalogue": catalogue,
 }  # fmt: skip
 
 
