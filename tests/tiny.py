@@ -26,6 +26,9 @@ class Stream:
     def __len__(self) -> int:
         return self.count
 
+    def read(self, ids: np.ndarray, sample: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        return {"tokens": self.windows(ids)}
+
     def windows(self, ids: np.ndarray) -> np.ndarray:
         return self.tokens[np.asarray(ids)[:, None] * self.context + np.arange(self.context + 1)]
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from scrimp.agree import configured
 from scrimp.clock import Clock
 from scrimp.folder import RunFolder
+from scrimp.plain import to_device
 from scrimp.products import fast_products
 from scrimp.restore import reopened, used, whole
-from scrimp.run import Run, build, configured, exported, to_device
+from scrimp.run import Run, build, exported
 
 
 def open_run(place: str | Path, corpus: bool = True) -> Run:
@@ -40,7 +42,7 @@ def evaluate(place: str | Path, batches: int = 0) -> dict[str, float]:
     count = len(held) if batches == 0 else min(batches * size, len(held))
     spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
 
-    parts = (to_device(run.task.batch(held.windows(span), span), run.device) for span in spans)
+    parts = (to_device(run.task.batch(held.read(span), span), run.device) for span in spans)
     assert run.evaluate is not None
     with fast_products():
         return run.evaluate(lambda model: run.task.evaluate(model, parts))

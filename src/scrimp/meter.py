@@ -94,7 +94,7 @@ def flops_per_token(model: nn.Module, tokens: int) -> float:
         looked_up.add("embed.weight")
     weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and n not in looked_up)
     layers = len(model.blocks) if isinstance(getattr(model, "blocks", None), nn.ModuleList) else 0  # type: ignore[arg-type]
-    attention = 6 * layers * getattr(config, "heads", 0) * getattr(config, "head", 0) * tokens
+    attention = 6 * layers * getattr(config, "heads", 0) * getattr(config, "head_dim", 0) * tokens
     return 6 * weights + attention
 
 

@@ -29,6 +29,7 @@ from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
 from scrimp.machines.timing import step_seconds
 from scrimp.ops import Op
+from scrimp.plain import tokens_of
 from scrimp.ranks import pretended, sent
 from scrimp.run import Run, build
 from scrimp.stages import new_clock, stage_end, validation_batches
@@ -254,12 +255,12 @@ class DryRun:
         self.trace.mark([list(run.model.parameters()), list(run.model.buffers())], "weights")
 
     def _largest_batch(self, run: Run, end: int) -> tuple[Batch, int]:
-        """The largest of some batches of a stage, and what its loss sums over."""
+        """The largest of some batches of a stage, and how many tokens it trains on."""
         clock = run.clock
         steps = max(1, round((end - clock.position) / clock.per_step[clock.unit]))
         places = sorted({clock.step + round(i * (steps - 1) / (SAMPLES - 1)) for i in range(SAMPLES)})
         found = max((run.batch(step) for step in places), key=lambda b: sum(t.numel() for t in b.values()))
-        return found, int(run.task.count(found))
+        return found, tokens_of(run.task, found)
 
     def _steps(self, run: Run, batch: Batch, price: int) -> list[Op]:
         """Two steps; returns the operators of the second."""

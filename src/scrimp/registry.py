@@ -179,7 +179,7 @@ def classes() -> dict[str, str]:
 def describe(name: str, kind: type[Technique]) -> Entry:
     """An entry from an imported class."""
     about = (sys.modules[kind.__module__].__doc__ or kind.__doc__ or "").strip()
-    written = _written(kind)
+    written = documented(kind)
     settings: list[Setting] = []
     for f in fields(kind):
         type_, said = written.get(f.name, (getattr(f.type, "__name__", str(f.type)), ""))
@@ -188,11 +188,11 @@ def describe(name: str, kind: type[Technique]) -> Entry:
     return Entry(name, kind.__module__, kind.card, tuple(settings), slots, about)
 
 
-def _written(kind: type) -> dict[str, tuple[str, str]]:
-    """Setting -> its type and docstring, as the source of a class and of those it derives from has them."""
+def documented(kind: type) -> dict[str, tuple[str, str]]:
+    """Setting -> its type and docstring, as the source of a dataclass and of those it derives from has them."""
     found: dict[str, tuple[str, str]] = {}
     for part in reversed(kind.__mro__):
-        if not issubclass(part, Technique) or part is Technique:
+        if not is_dataclass(part) or part is Technique:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scrimp import checkpoint
+from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
-from scrimp.run import configured
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe

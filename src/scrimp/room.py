@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.limits import available
-from scrimp.run import configured, device_of
+from scrimp.run import device_of
 
 if TYPE_CHECKING:
     from scrimp.clock import Clock

@@ -8,7 +8,7 @@ is named tensors, on the host or on disk.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
+from scrimp.agree import configured, prepared
 from scrimp.arrange import Arrangement, arrange, misfits, scope
 from scrimp.clock import Clock
-from scrimp.draws import generator
 from scrimp.errors import RecipeError, UserError
 from scrimp.groups import (
     Group,
@@ -32,6 +32,7 @@ from scrimp.groups import (
     partition,
     trainable,
 )
+from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step
 from scrimp.technique import SLOTS, Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent
 
@@ -52,6 +53,8 @@ class Run:
     seed: int = 0
     memories: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     decisions: dict[str, Any] = field(default_factory=dict[str, Any])
+    task: Any = None
+    """The task, prepared for the data: batch, count, loss, evaluate."""
     model: nn.Module = field(default_factory=nn.Module)
     base: frozenset[str] = frozenset()
     """Names of the parameters before any surgery."""
@@ -63,11 +66,6 @@ class Run:
     backward: Backward | None = None
     step: Step | None = None
     evaluate: Evaluate | None = None
-
-    @property
-    def task(self) -> Any:
-        """The task: batch, count, loss, evaluate."""
-        return self.recipe.task
 
     def fold(self, slot: str, value: Any) -> Any:
         """What the trainer would use -> what it shall use.
@@ -140,7 +138,7 @@ def build(
         UserError: if techniques do not fit the model, or weights do not fit it.
     """
     run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
-    run.decisions = dict(decisions or {})
+    run.decisions, run.task = dict(decisions or {}), prepared(recipe, data)
     with on_meta(getattr(torch, recipe.dtype)):
         model = configured(recipe, data).build()
         run.base = frozenset(name for name, _ in model.named_parameters())
@@ -225,25 +223,6 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def configured(recipe: Recipe, data: Any) -> Any:
-    """The model's options, with vocabulary and context from the data where they are 0.
-
-    Raises:
-        UserError: if the data's tokens do not fit the model.
-    """
-    config = recipe.model
-    for name, given in (("vocab", data.tokenizer.vocab), ("context", data.train.context)):
-        if not is_dataclass(config) or name not in {f.name for f in fields(config)}:
-            continue
-        own = getattr(config, name)
-        if own == 0:
-            config = replace(config, **{name: given})  # type: ignore[type-var]
-        elif own < given:
-            fix = f"Set model.{name} to {given} or more, or lower data.{name}."
-            raise UserError(f"the data's {name} is {given}, the model's {own}.", f"model.{name}", fix)
-    return config
-
-
 def load_rest(run: Run, state: State) -> None:
     """Moments and memories of a state into the run.
 
@@ -291,72 +270,6 @@ def make_optimizer(run: Run) -> Optimizer:
         if technique not in rules.values():
             wrapped = technique.optimizer(wrapped, run)
     return wrapped(assign(names, table))
-
-
-def batches(run: Run) -> Callable[[int], Batch]:
-    """step -> batch: a function of (seed, step)."""
-    from scrimp.data.order import sample_ids
-
-    # Samples are numbered over the run; mixed with the seed, the number keys dropout.
-    salt = generator(run.seed, "dropout").initial_seed() & 0xFFFFFFFF
-
-    def batch(step: int) -> Batch:
-        first = step * run.recipe.batch
-        ids = sample_ids(run.index, run.seed, first, run.recipe.batch)
-        sample = np.arange(first, first + run.recipe.batch) ^ salt
-        return to_device(run.task.batch(run.data.train.windows(ids), sample), run.device)
-
-    return batch
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A batch on the device."""
-    return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def constant(progress: float) -> float:
-    """The schedule of a run that has none."""
-    return 1.0
-
-
-def plain_backward(run: Run) -> Backward:
-    """Forward, one division, backward."""
-
-    def backward(batch: Batch, count: Tensor) -> Tensor:
-        assert run.loss is not None
-        loss = run.loss(run.model, batch) / count
-        loss.backward()
-        return loss.detach()
-
-    return backward
-
-
-def plain_step(run: Run) -> Step:
-    """Update, unless every gradient is None."""
-
-    def step() -> bool:
-        assert run.optimizer is not None
-        if all(p.grad is None for group in run.optimizer.param_groups for p in group["params"]):
-            return False
-        run.optimizer.step()
-        return True
-
-    return step
-
-
-def plain_evaluate(run: Run) -> Evaluate:
-    """Without dropout and without gradients."""
-
-    def evaluate(job: Callable[[nn.Module], Any]) -> Any:
-        training = run.model.training
-        run.model.eval()
-        try:
-            with torch.no_grad():
-                return job(run.model)
-        finally:
-            run.model.train(training)
-
-    return evaluate
 
 
 def exported(run: Run) -> dict[str, Tensor]:

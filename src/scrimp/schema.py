@@ -7,7 +7,7 @@ from typing import Any
 
 from scrimp.reading import adapter
 from scrimp.recipe import Checkpoint, GroupRule, Log, Recipe, Sample, Stop, Validate
-from scrimp.registry import BUILT_IN, catalogue, component, taken, technique_class
+from scrimp.registry import BUILT_IN, catalogue, component, documented, taken, technique_class
 from scrimp.rules import CHOICES
 
 
@@ -63,7 +63,12 @@ def _text(about: str) -> dict[str, str]:
 
 
 def _plain(kind: Any) -> dict[str, Any]:
-    return adapter(kind).json_schema()
+    found = adapter(kind).json_schema()
+    # pydantic reads the docstrings of a class's own fields, not of those it derives from.
+    for name, (_, about) in documented(kind).items():
+        if name in found["properties"] and about:
+            found["properties"][name].setdefault("description", about)
+    return found
 
 
 def _about(name: str) -> str:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scrimp.agree import configured
 from scrimp.clock import Clock, Duration
-from scrimp.run import Run, configured, to_device
+from scrimp.plain import to_device
+from scrimp.run import Run
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -36,4 +38,4 @@ def validation_batches(run: Run) -> list[Batch]:
     size, held = run.recipe.batch, run.data.validation
     count = min(run.recipe.validate.batches * size, len(held))
     spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
-    return [to_device(run.task.batch(held.windows(ids), ids), run.device) for ids in spans]
+    return [to_device(run.task.batch(held.read(ids), ids), run.device) for ids in spans]

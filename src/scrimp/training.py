@@ -18,6 +18,7 @@ from scrimp.allocator import lean
 from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.plain import tokens_of
 from scrimp.products import fast_products
 from scrimp.restore import base_of, reopened, same_data, starting_weights
 from scrimp.restore import whole as restored
@@ -192,7 +193,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
     while clock.position < end and not clock.done:
         began = time.perf_counter()
         batch = run.batch(clock.step)
-        count = run.task.count(batch)
+        count, tokens = run.task.count(batch), tokens_of(run.task, batch)
         lr = run.set_lr()
         loss = run.backward(batch, count)
         value = run.read(loss, worst=0.0)
@@ -200,8 +201,8 @@ def _stage(run: Run, end: int, session: Session) -> str:
             raise non_finite(run, value)
         updated = run.step()
         run.optimizer.zero_grad(set_to_none=True)
-        clock.tick(recipe.batch, int(count))
-        record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": int(count),
+        clock.tick(recipe.batch, tokens)
+        record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": tokens,
                               "seconds": time.perf_counter() - began})  # fmt: skip
         del batch, loss
         if validate and (clock.step % validate == 0 or clock.done) and measure(run, session) and not clock.done:

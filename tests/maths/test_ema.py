@@ -98,7 +98,7 @@ def test_validation_measures_the_average_and_training_is_the_plain_one() -> None
             p.copy_(averaged.run.memories["ema"][name])
     by_hand, data = averaged.run.model.eval(), averaged.run.data.validation
     halves = np.arange(8).reshape(2, 4)
-    batches = [averaged.run.task.batch(data.windows(ids), ids) for ids in halves]
+    batches = [averaged.run.task.batch(data.read(ids), ids) for ids in halves]
     with torch.no_grad():
         loss = averaged.run.task.evaluate(by_hand, batches)["loss"]
     assert loss == averaged.validation["loss"]

@@ -111,7 +111,7 @@ def test_validation_has_the_full_length() -> None:
     model = runs[0].model
     assert runs[0].batch(0)["tokens"].shape == (4, 8)
     ids = np.arange(8)
-    held = warm.run.task.batch(warm.run.data.validation.windows(ids), ids)
+    held = warm.run.task.batch(warm.run.data.validation.read(ids), ids)
     model.eval()
     with torch.no_grad():
         loss = float(model(held["tokens"], held["targets"])) / held["targets"].numel()

@@ -102,7 +102,7 @@ def reopened(folder: Path) -> Any:
 
 def spelled(c: TransformerConfig) -> TransformerConfig:
     """The same options, with the sizes that may be left out."""
-    return replace(c, hidden=c.mlp, head_width=c.head)
+    return replace(c, hidden=c.mlp, head_width=c.head_dim)
 
 
 def difference(a: nn.Module, b: nn.Module) -> float:

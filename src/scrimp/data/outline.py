@@ -30,6 +30,10 @@ class Windows:
         """int64 zeros, shape [len(ids), length + 1]."""
         return np.zeros((len(ids), (length or self.context) + 1), dtype=np.int64)
 
+    def read(self, ids: np.ndarray, sample: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Windows as a task takes them."""
+        return {"tokens": self.windows(ids)}
+
 
 @dataclass(frozen=True)
 class Vocabulary:

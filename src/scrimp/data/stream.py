@@ -32,6 +32,10 @@ class Tokens:
     def _tokens(self) -> np.ndarray:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
+    def read(self, ids: np.ndarray, sample: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Windows as a task takes them: `tokens`, int64 [len(ids), context + 1]."""
+        return {"tokens": self.windows(ids)}
+
     def window(self, i: int, length: int | None = None) -> np.ndarray:
         """Inputs and targets of window i: int64, shape [length + 1], from token i * context on.
 

@@ -162,7 +162,7 @@ def _beyond(c: TransformerConfig, wants: Mapping[str, Any], gpt2: bool) -> dict[
     if not gpt2:
         return off | ({"qkv_bias": "true beside qk_norm"} if c.qk_norm and c.qkv_bias else {})
     for key, bad in (("activation", c.activation == "swiglu"), ("kv_heads", c.kv_heads not in (0, c.heads)),
-                     ("head_width", c.head * c.heads != c.width), ("qkv_bias", c.qkv_bias is False)):  # fmt: skip
+                     ("head_width", c.head_dim * c.heads != c.width), ("qkv_bias", c.qkv_bias is False)):  # fmt: skip
         if bad:
             off[key] = getattr(c, key)
     return off
@@ -195,7 +195,7 @@ def _llama_to(c: TransformerConfig) -> dict[str, Any]:
         scaling["original_max_position_embeddings"] = int(scaling.pop("original_context"))
     return {
         "max_position_embeddings": c.context, "hidden_size": c.width, "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads or c.heads, "head_dim": c.head,
+        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads or c.heads, "head_dim": c.head_dim,
         "intermediate_size": c.mlp, "hidden_act": "silu", "rms_norm_eps": c.norm_eps, "attention_bias": False,
         "mlp_bias": False, "attention_dropout": 0.0, "sliding_window": None, "use_sliding_window": False,
         "rope_theta": c.rope_base, "rope_scaling": scaling,

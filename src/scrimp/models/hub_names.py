@@ -35,7 +35,7 @@ class Family:
 def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Their names and shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    kv, q = (c.kv_heads or c.heads) * c.head, c.heads * c.head
+    kv, q = (c.kv_heads or c.heads) * c.head_dim, c.heads * c.head_dim
     if family == "gpt2":
         shapes |= {"transformer.wte.weight": (c.vocab, c.width), "transformer.wpe.weight": (c.context, c.width)}
         for i in range(c.layers):
@@ -58,7 +58,7 @@ def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
                        f"{h}.input_layernorm.weight": (c.width,),
                        f"{h}.post_attention_layernorm.weight": (c.width,)}  # fmt: skip
             if family == "qwen3":
-                shapes |= {f"{h}.self_attn.q_norm.weight": (c.head,), f"{h}.self_attn.k_norm.weight": (c.head,)}
+                shapes |= {f"{h}.self_attn.q_norm.weight": (c.head_dim,), f"{h}.self_attn.k_norm.weight": (c.head_dim,)}
     if not c.tied:
         shapes["lm_head.weight"] = (c.vocab, c.width)
     return shapes
@@ -125,11 +125,11 @@ def _llama_read(theirs: Weights, c: TransformerConfig) -> Weights:
 
 def _llama_write(ours: Weights, c: TransformerConfig) -> Weights:
     out: Weights = {}
-    kv = (c.kv_heads or c.heads) * c.head
+    kv = (c.kv_heads or c.heads) * c.head_dim
     for name, tensor in ours.items():
         if ".attention.qkv." in name:
             stem = name.replace("blocks", "model.layers")
-            for part, piece in zip("qkv", tensor.split([c.heads * c.head, kv, kv]), strict=True):
+            for part, piece in zip("qkv", tensor.split([c.heads * c.head_dim, kv, kv]), strict=True):
                 out[stem.replace("attention.qkv", f"self_attn.{part}_proj")] = piece
         else:
             out[_rename(name, _inverse(LLAMA_OUTER), _inverse(LLAMA), "blocks", "model.layers")] = tensor

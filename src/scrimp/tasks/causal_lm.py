@@ -22,9 +22,9 @@ class CausalLM:
     label_smoothing: float = 0.0
     """Share of the target's probability spread evenly over the vocabulary, in training only."""
 
-    def batch(self, windows: np.ndarray, sample: np.ndarray) -> dict[str, Tensor]:
+    def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
         """A batch from windows of tokens, [B, T + 1], and the samples' numbers in the run, [B]."""
-        tokens = torch.from_numpy(windows)
+        tokens = torch.from_numpy(items["tokens"])
         return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "sample": torch.from_numpy(sample)}
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,68 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What a recipe's model, task and data must agree on: sizes, the head, and what a batch is made of.
+
+Options of 0 or "" in a model are taken from the others; those that are set must fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from scrimp.errors import UserError
+from scrimp.registry import component_name
+
+if TYPE_CHECKING:
+    from scrimp.recipe import Recipe
+
+LEAST: Final = ("vocab", "context")
+"""Sizes of a model that may be larger than the data's; others must be equal."""
+
+
+def sizes(data: Any) -> dict[str, int]:
+    """What opened data say of themselves: vocab, context, classes, image, channels; those that they have."""
+    said = getattr(data, "sizes", None)
+    return said if said is not None else {"vocab": data.tokenizer.vocab, "context": data.train.context}
+
+
+def configured(recipe: Recipe, data: Any) -> Any:
+    """The model's options, with what is open taken from the data and the task.
+
+    Raises:
+        UserError: if the model does not fit the data or the task.
+    """
+    config: Any = recipe.model
+    if not is_dataclass(config) or isinstance(config, type):
+        return config
+    known = {f.name for f in fields(config)}
+    for name, given in sizes(data).items():
+        own = getattr(config, name) if name in known else None
+        if own == 0:
+            config = replace(config, **{name: given})
+        elif own is not None and (own < given if name in LEAST else own != given):
+            fix = f"Set model.{name} to {given}{' or more' if name in LEAST else ''}, or change data.{name}."
+            raise UserError(f"the data's {name} is {given}, the model's {own}.", f"model.{name}", fix)
+    wanted = getattr(recipe.task, "head", "")
+    if wanted and "head" not in known:
+        what = f"the task `{component_name('tasks', recipe.task)}` needs a model with a head `{wanted}`."
+        raise UserError(what, "model", f"`{component_name('models', config)}` has none to choose.")
+    if wanted and config.head not in ("", wanted):
+        raise UserError(f"the task needs `{wanted}`, not `{config.head}`.", "model.head", "Leave it out.")
+    return replace(config, head=wanted) if wanted else config
+
+
+def prepared(recipe: Recipe, data: Any) -> Any:
+    """The task, with what it needs to know of the data.
+
+    Raises:
+        UserError: if the data do not hold what the task trains on.
+    """
+    task = recipe.task
+    needs, gives = getattr(task, "needs", ()), getattr(data, "gives", ("tokens",))
+    lacking = [name for name in needs if name not in gives]
+    if lacking:
+        name, source = component_name("tasks", task), component_name("datasets", recipe.data)
+        what = f"the task `{name}` needs {' and '.join(lacking)}, and the data `{source}` has {', '.join(gives)}."
+        raise UserError(what, "task", "Choose the task or the data set that belongs to the other.")
+    prepare = getattr(task, "prepared", None)
+    return task if prepare is None else prepare(data)

@@ -1,0 +1,88 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""What a run does in each slot before any technique changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scrimp.draws import generator
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
+    from scrimp.technique import Backward, Batch, Evaluate, Step
+
+
+def batches(run: Run) -> Callable[[int], Batch]:
+    """step -> batch: a function of (seed, step)."""
+    from scrimp.data.order import sample_ids
+
+    # Samples are numbered over the run; mixed with the seed, the number keys dropout.
+    salt = generator(run.seed, "dropout").initial_seed() & 0xFFFFFFFF
+
+    def batch(step: int) -> Batch:
+        first = step * run.recipe.batch
+        ids = sample_ids(run.index, run.seed, first, run.recipe.batch)
+        sample = np.arange(first, first + run.recipe.batch) ^ salt
+        return to_device(run.task.batch(run.data.train.read(ids, sample), sample), run.device)
+
+    return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A batch on the device."""
+    return batch if device.type == "cpu" else {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def constant(progress: float) -> float:
+    """The schedule of a run that has none."""
+    return 1.0
+
+
+def plain_backward(run: Run) -> Backward:
+    """Forward, one division, backward."""
+
+    def backward(batch: Batch, count: Tensor) -> Tensor:
+        assert run.loss is not None
+        loss = run.loss(run.model, batch) / count
+        loss.backward()
+        return loss.detach()
+
+    return backward
+
+
+def plain_step(run: Run) -> Step:
+    """Update, unless every gradient is None."""
+
+    def step() -> bool:
+        assert run.optimizer is not None
+        if all(p.grad is None for group in run.optimizer.param_groups for p in group["params"]):
+            return False
+        run.optimizer.step()
+        return True
+
+    return step
+
+
+def plain_evaluate(run: Run) -> Evaluate:
+    """Without dropout and without gradients."""
+
+    def evaluate(job: Callable[[nn.Module], Any]) -> Any:
+        training = run.model.training
+        run.model.eval()
+        try:
+            with torch.no_grad():
+                return job(run.model)
+        finally:
+            run.model.train(training)
+
+    return evaluate
+
+
+def tokens_of(task: Any, batch: Batch) -> int:
+    """Tokens that a batch trains on; for a task that does not say, what its loss sums over."""
+    return int(getattr(task, "tokens", task.count)(batch))
