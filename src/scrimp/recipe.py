@@ -15,6 +15,7 @@ import yaml
 
 from scrimp import rules
 from scrimp.errors import RecipeError, UserError, did_you_mean
+from scrimp.models.presets import kind_of
 from scrimp.reading import Loader, dump_techniques, not_yaml, override, plain, read_techniques, validated
 from scrimp.registry import BUILT_IN, component, component_name, modules
 from scrimp.technique import Technique
@@ -240,7 +241,9 @@ def _component(group: str, where: str, value: Any, faults: list[UserError]) -> A
     settings = words(cast(Any, value))
     given = dict(settings)
     try:
-        kind = component(group, str(settings.pop("name", next(iter(BUILT_IN[group])))), where)
+        name = kind_of(settings, where) if group == "models" else str(settings.get("name", next(iter(BUILT_IN[group]))))
+        settings.pop("name", None)
+        kind = component(group, name, where)
         expand = getattr(kind, "expand", None)
         if expand is not None:
             settings = expand(settings, where)

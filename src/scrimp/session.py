@@ -132,7 +132,9 @@ def non_finite(run: Run, value: float) -> UserError:
 def sample(run: Run) -> str:
     """A text from the model, when it is a causal one with a tokenizer."""
     wanted, tokenizer = run.recipe.sample, getattr(run.data, "tokenizer", None)
-    if not wanted.tokens or tokenizer is None or not getattr(getattr(run.model, "config", None), "causal", False):
+    config = getattr(run.model, "config", None)
+    writes = getattr(config, "causal", False) and getattr(config, "head", "lm") in ("", "lm")
+    if not wanted.tokens or tokenizer is None or not writes:
         return ""
     assert run.evaluate is not None
     prompt = [tokenizer.end, *tokenizer.encode(wanted.prompt)]

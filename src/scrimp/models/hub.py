@@ -42,6 +42,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return options_from(*_family(Path(folder)), f"{folder}/config.json")
 
 
+def read_kind(folder: str | Path) -> str:
+    """The name of the model that a folder holds, as recipes call it.
+
+    Raises:
+        UserError: if there is no config.json, or of a type that cannot be read.
+    """
+    _family(Path(folder))
+    return "transformer"
+
+
 def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
     """A folder's weights under our names, in the types of its files and memory-mapped until they are used.
 

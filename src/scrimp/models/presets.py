@@ -31,6 +31,24 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
                   "context": 8192, "rope_base": 500000.0, **LLAMA},
 }  # fmt: skip
 
+KINDS: Final[dict[str, str]] = {}
+"""preset -> the name of its model, where that is not `transformer`."""
+
+
+def kind_of(settings: Mapping[str, Any], where: str = "model") -> str:
+    """The name of the model that `{name, preset, from, ...}` asks for: a preset's or a folder's own, if it has none.
+
+    Raises:
+        UserError: if the folder cannot be read.
+    """
+    if "name" in settings:
+        return str(settings["name"])
+    if settings.get("from") is not None:
+        from scrimp.models.hub import read_kind
+
+        return read_kind(str(settings["from"]))
+    return KINDS.get(str(settings.get("preset")), "transformer")
+
 
 def expand(settings: Mapping[str, Any], where: str = "model") -> dict[str, Any]:
     """`{preset, from, ...options}` -> options.
