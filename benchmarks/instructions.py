@@ -135,7 +135,7 @@ def tuned(seconds: dict[str, float]) -> dict[str, Any]:
     print(f"before: {before}\n{first}", flush=True)
     shapes = {"windows": data.meta["windows"], "conversations": data.meta["documents"], "filled": data.train.filled,
               "held_out_targets": int(sum(task.count(batch) for batch in held))}  # fmt: skip
-    del run, task
+    del run
     losses: list[float] = []
 
     def observe(event: str, fields: dict[str, Any]) -> None:

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(page for place in ("", "guides") for page in sorted((ROOT / "docs" / place).glob("*.md"))),
+)
 MARK = re.compile(r"<!-- ([a-z0-9-]+)-table -->\n(.*?)<!-- /\1-table -->", re.DOTALL)
 
 
@@ -77,6 +80,15 @@ def part_keys(key: str) -> str:
 
     found = schema()["properties"][key]["anyOf"][1]["properties"]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
+
+
+def dataset_keys(name: str) -> str:
+    """Every setting of one of our data sets."""
+    from scrimp.registry import BUILT_IN
+    from scrimp.schema import schema
+
+    found = schema()["properties"]["data"]["anyOf"][1 + list(BUILT_IN["datasets"]).index(name)]["properties"]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, "data.")])
 
 
 def presets() -> str:
@@ -149,10 +161,29 @@ def catalogue() -> str:
     return "\n".join([*lines, "", about])
 
 
+def tasks() -> str:
+    """What every technique does on every task; reasons are numbered."""
+    rows = evidence("tasks")["rows"]
+    columns, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "technique"))
+    found = {(row["technique"], row["task"]): row for row in rows}
+    reasons: dict[str, int] = {}
+
+    def cell(name: str, task: str) -> str:
+        row = found[name, task]
+        if row["verdict"] == "trains":
+            return "✓"
+        reason = row["reason"] if row["verdict"] == "refused" else f"Fails: {row['reason']}"
+        return f"{'no' if row['verdict'] == 'refused' else '✗'} {reasons.setdefault(reason, len(reasons) + 1)}"
+
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [f"| `{name}` | " + " | ".join(cell(name, task) for task in columns) + " |" for name in names]
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]).rstrip()
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue,
+    "catalogue": catalogue, "tasks": tasks, "instructions": lambda: dataset_keys("instructions"),
 }  # fmt: skip
 
 

@@ -228,8 +228,8 @@ def import_(
     from scrimp.models.gguf_llama import import_gguf
 
     made = import_gguf(file, out, dtype)
-    types = ", ".join(f"{name} ({count} tensors)" for name, count in made.types.most_common())
-    typer.echo(f"Wrote {made.folder}: {made.weights:,} weights, which were {types}.")
+    types = ", ".join(f"{count} of {name}" for name, count in made.types.most_common())
+    typer.echo(f"Wrote {made.folder}: {made.weights:,} weights; tensors were {types}.")
     typer.echo("What quantization rounded away does not come back.")
 
 
