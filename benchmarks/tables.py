@@ -82,6 +82,23 @@ def part_keys(key: str) -> str:
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
 
 
+def instruct() -> str:
+    """What tuning on instructions did to a small model that was rounded to 4 bits once."""
+    found = evidence("instruct")
+    before, after, data = found["before"], found["after"], found["data"]
+    lines = ["| held-out answers | loss, nats a token | perplexity |", "|---|---|---|"]
+    for name, score in (("before", before), ("after", after)):
+        lines.append(f"| {name} | {score['loss']:.3f} | {score['perplexity']:.1f} |")
+    steps, tokens = len(found["losses"]), found["recipe"]["batch"] * found["recipe"]["data"]["context"]
+    minutes = found["seconds"]["training"] / 60
+    machine = f"{found['about']['environment']['processor']}, {found['threads']} thread"
+    about = (
+        f"{steps} steps of {tokens:,} tokens, {minutes:.1f} minutes on {machine} that others used too; one seed, "
+        f"{data['held_out_targets']:,} held-out tokens. {found['about']['model']}"
+    )
+    return "\n".join([*lines, "", about])
+
+
 def dataset_keys(name: str) -> str:
     """Every setting of one of our data sets."""
     from scrimp.registry import BUILT_IN
@@ -184,6 +201,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
     "catalogue": catalogue, "tasks": tasks, "instructions": lambda: dataset_keys("instructions"),
+    "instruct": instruct,
 }  # fmt: skip
 
 

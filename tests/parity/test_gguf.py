@@ -216,6 +216,8 @@ def test_rows_come_back_in_order() -> None:
         ({"llama.rope.scaling.type": "yarn"}, "stretched rotary positions"),
         ({"llama.rope.dimension_count": 8}, "on 8 of 16 numbers"),
         ({"llama.expert_count": 4}, "experts"),
+        ({"split.count": 2}, "several files"),
+        ({"llama.attention.head_count_kv": [2, 2]}, "not a number"),
         ({"llama.block_count": 3}, r"not a whole Llama: model.layers.2.*and 3 more"),
         ({"llama.feed_forward_length": 32}, r"blk.0.ffn_down.weight is \[64, 96\] instead of \[64, 32\]"),
     ],
@@ -251,3 +253,18 @@ def test_metadata_of_every_kind(tmp_path: Path) -> None:
     found = Gguf.open(path).metadata
     assert found["f"].tolist() == [1, -2]
     assert {key: found[key] for key in "abcde"} == {"a": "ü", "b": True, "c": 7, "d": 0.5, "e": ["x", "yz"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["I", "'ll", "Ġsee", "Ġ12345", "Ġ", "Ġx"]),
+        ("smollm", ["I", "'ll", "Ġsee", "Ġ", "1", "2", "3", "4", "5", "Ġ", "Ġx"]),
+        ("llama-bpe", ["I", "'ll", "Ġsee", "Ġ", "123", "45", "Ġ", "Ġx"]),
+    ],
+)
+def test_text_is_cut_as_the_name_says(tmp_path: Path, name: str, pieces: list[str]) -> None:
+    import_gguf(written(tmp_path, **{"tokenizer.ggml.pre": name}), tmp_path / "out")
+    inner = open_tokenizer(str(tmp_path / "out")).inner
+    assert inner.pre_tokenizer is not None
+    assert [piece for piece, _ in inner.pre_tokenizer.pre_tokenize_str("I'll see 12345  x")] == pieces

@@ -69,29 +69,43 @@ def options(file: Gguf) -> dict[str, Any]:
     if family != "llama":
         fix = "Import a Llama-like file, or take the model's own folder."
         raise UserError(f"models of architecture `{family}` are not read from GGUF.", str(file.path), fix)
-    heads, width = int(file.get("llama.attention.head_count")), int(file.get("llama.embedding_length"))
-    head_width = int(file.get("llama.attention.key_length", width // max(heads, 1)))
-    turned = int(file.get("llama.rope.dimension_count", head_width))
+    heads, width = number(file, "llama.attention.head_count"), number(file, "llama.embedding_length")
+    head_width = number(file, "llama.attention.key_length", width // max(heads, 1))
+    turned = number(file, "llama.rope.dimension_count", head_width)
     stretched = file.get("llama.rope.scaling.type", "none") != "none" or "rope_freqs.weight" in file.entries
     for bad, what in (
         (stretched, "stretched rotary positions"),
         (turned != head_width, f"rotary positions on {turned} of {head_width} numbers of a head"),
-        (int(file.get("llama.expert_count", 0)) > 0, "experts"),
+        (number(file, "llama.expert_count", 0) > 0, "experts"),
+        (number(file, "split.count", 0) > 1, "several files"),
     ):
         if bad:
-            fix = "Take the model's own folder."
+            fix = "Merge its files first." if what == "several files" else "Take the model's own folder."
             raise UserError(f"the model has {what}, which is not read from GGUF.", str(file.path), fix)
     if "token_embd.weight" not in file.entries:
         raise UserError("has no `token_embd.weight`.", str(file.path), "Fetch the file again.")
     return {
-        "vocab": file.entries["token_embd.weight"].shape[0], "context": int(file.get("llama.context_length")),
-        "layers": int(file.get("llama.block_count")), "width": width, "heads": heads,
-        "kv_heads": int(file.get("llama.attention.head_count_kv", heads)), "head_width": head_width,
-        "hidden": int(file.get("llama.feed_forward_length")), "norm": "rmsnorm",
+        "vocab": file.entries["token_embd.weight"].shape[0], "context": number(file, "llama.context_length"),
+        "layers": number(file, "llama.block_count"), "width": width, "heads": heads,
+        "kv_heads": number(file, "llama.attention.head_count_kv", heads), "head_width": head_width,
+        "hidden": number(file, "llama.feed_forward_length"), "norm": "rmsnorm",
         "norm_eps": rounded(file.get("llama.attention.layer_norm_rms_epsilon")), "positions": "rotary",
         "rope_base": float(file.get("llama.rope.freq_base", 10000.0)), "activation": "swiglu", "bias": False,
         "tied": "output.weight" not in file.entries,
     }  # fmt: skip
+
+
+def number(file: Gguf, key: str, default: int | None = None) -> int:
+    """A whole number of the metadata.
+
+    Raises:
+        UserError: if it is something else, such as a list with a number for each block.
+    """
+    found = file.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int):
+        fix = "Take the model's own folder."
+        raise UserError(f"`{key}` is not a number, but {str(found)[:40]}.", str(file.path), fix)
+    return found
 
 
 def rounded(value: float) -> float:

@@ -73,8 +73,11 @@ def _bpe(file: Gguf, tokens: list[str], merges: list[str]) -> Any:
         raise UserError(what, str(file.path), did_you_mean(name, CUTS))
     pairs = [tuple(merge.split(" ")) for merge in merges]
     vocab = {token: i for i, token in enumerate(tokens)}
+    whole = CUTS[name] == LLAMA_3
+    """Llama 3 takes a word that is a token as it is, however it would be merged."""
     try:
-        inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))  # pyright: ignore[reportArgumentType]
+        bpe = models.BPE(vocab=vocab, merges=pairs, ignore_merges=whole)  # pyright: ignore[reportArgumentType]
+        inner = tokenizers.Tokenizer(bpe)
     except Exception as error:  # tokenizers raises plain Exception
         raise UserError(f"its tokenizer is damaged: {error}.", str(file.path), "Fetch it again.") from None
     if len(vocab) < len(tokens):
