@@ -197,10 +197,37 @@ def tasks() -> str:
     return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]).rstrip()
 
 
+def thrifty() -> str:
+    """What the thrifty recipe reached, and what its parts did."""
+    found = evidence("thrifty")
+    runs = {"AdamW loop": found["base"], "thrifty recipe": found["thrifty"]}
+    lines = ["| | tokens | held-out loss | bits a byte | seconds | peak memory |", "|---|---|---|---|---|---|"]
+    for name, seeds in runs.items():
+        loss, bits, seconds, memory = (statistics.fmean(run[key] for run in seeds)
+                                       for key in ("loss", "bits_per_byte", "seconds", "peak_bytes"))  # fmt: skip
+        low, high = (edge(run["loss"] for run in seeds) for edge in (min, max))
+        tokens = seeds[0].get("tokens") or seeds[0]["curve"][-1][0]
+        lines.append(f"| {name} | {tokens:,} | {loss:.3f} ({low:.3f} - {high:.3f}) | {bits:.3f} | {seconds:.0f} "
+                     f"| {memory / 1e6:.0f} MB |")  # fmt: skip
+    ratio = found["ratio"]
+    lines += [
+        "",
+        f"{len(found['base'])} seeds each. The recipe takes {1 / ratio['seconds']:.2f} of the time "
+        f"({ratio['seconds']:.1f} times sooner) and {ratio['process']:.2f} of the process's peak memory; of what "
+        f"lies beyond an idle torch process ({found['idle_bytes'] / 1e6:.0f} MB), {ratio['beyond_idle']:.2f}.",
+    ]
+    own = found["thrifty"][0]
+    lines += ["", "| left out | held-out loss | seconds | peak memory |", "|---|---|---|---|"]
+    for name, run in {"nothing": own, **found["without"]}.items():
+        lines.append(f"| {name} | {run['loss']:.3f} | {run['seconds']:.0f} | {run['peak_bytes'] / 1e6:.0f} MB |")
+    return "\n".join([*lines, "", "One seed each, with the same tokens."])
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue, "tasks": tasks, "instructions": lambda: dataset_keys("instructions"),
+    "catalogue": catalogue, "thrifty": thrifty, "tasks": tasks,
+    "instructions": lambda: dataset_keys("instructions"),
     "instruct": instruct,
 }  # fmt: skip
 

@@ -11,7 +11,22 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from scrimp.charts import BYTES, COUNT, FLOPS, MINUS, SECONDS, TIMES, Axis, Line, Point, legend, line_chart, text, unit
+from scrimp.charts import (
+    BYTES,
+    COUNT,
+    FLOPS,
+    JOULES,
+    MINUS,
+    SECONDS,
+    TIMES,
+    Axis,
+    Line,
+    Point,
+    legend,
+    line_chart,
+    text,
+    unit,
+)
 from scrimp.clock import Duration
 from scrimp.errors import UserError
 from scrimp.forest import Effect, forest
@@ -37,6 +52,8 @@ class Cell:
     curve: list[tuple[float, float, float, float]]
     """(step, tokens, seconds, held-out loss) of each validation."""
     bits_per_byte: float | None = None
+    joules: float | None = None
+    """Of the machine during the steps, where it could be read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,8 @@ class Planned:
     """Of a step."""
     flops: float | None = None
     """Of the run."""
+    trained: int | None = None
+    """Weights that are trained."""
 
 
 @dataclass(frozen=True)
@@ -168,15 +187,20 @@ def _row(number: int, arm: Arm, base: Arm, claims: bool) -> str:
     memory = _mean(arm.cells, lambda c: c.peak_bytes)
     bits = [c.bits_per_byte for c in arm.cells if c.bits_per_byte is not None]
     rate = f'<br><span class="soft">learning rate {TIMES} {arm.lr:g}</span>' if arm.lr != 1.0 else ""
+    some = (
+        f'<br><span class="soft">trains {planned.trained:,} weights</span>' if planned.trained != rival.trained else ""
+    )
+    joules = [c.joules for c in arm.cells if c.joules is not None]
+    energy = f'<br><span class="soft">{amount(sum(joules) / len(joules), JOULES)}</span>' if joules else ""
     per_byte = f'<br><span class="soft">{sum(bits) / len(bits):.3f} bits/byte</span>' if bits else ""
     cells = [
-        f'<th scope="row"><span class="soft">{number}</span> {broken(arm.name)}{rate}</th>',
+        f'<th scope="row"><span class="soft">{number}</span> {broken(arm.name)}{rate}{some}</th>',
         f'<td class="words">{text(arm.claim) or NONE}</td>' if claims else "",
         f'<td class="group">{_ratio(planned.memory, rival.memory)}{_soft(amount(planned.memory, BYTES), is_base)}</td>',
         f"<td>{_ratio(planned.seconds, rival.seconds)}{_soft(amount(planned.seconds, SECONDS), is_base)}</td>",
         f'<td class="group">{summary.loss:.4f}{per_byte}</td>',
         f"<td>{'baseline' if is_base else f'{text(_words(arm))}<br>{_marked(summary.verdict)}'}</td>",
-        f"<td>{summary.speed:.2f}{TIMES}{_soft(f'{speed:,.0f}')}</td>",
+        f"<td>{summary.speed:.2f}{TIMES}{_soft(f'{speed:,.0f}')}{energy}</td>",
         f"<td>{summary.memory:.2f}{TIMES}{_soft(amount(memory, BYTES))}</td>",
         f"<td>{_reached(summary.seconds_to_baseline, base.summary.seconds_to_baseline)}</td>",
     ]

@@ -34,6 +34,7 @@ PLAIN: Final[Scales] = ((1.0, ""),)
 SECONDS: Final[Scales] = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"), (1e-3, "ms"))
 COUNT: Final[Scales] = ((1e9, "billion "), (1e6, "million "), (1e3, "thousand "), (1.0, ""))
 FLOPS: Final[Scales] = ((1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1, "FLOP"))
+JOULES: Final[Scales] = ((1e6, "MJ"), (1e3, "kJ"), (1, "J"))
 BYTES: Final[Scales] = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 

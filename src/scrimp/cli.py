@@ -273,7 +273,7 @@ def report(
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(help="Steps of each of the two runs.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the plain run; 0 chooses for this machine.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the plot.")] = Path("runs/demo"),
 ) -> None:
     """Train a small GPT twice, plainly and thriftily, and compare. At most five minutes on two cores."""

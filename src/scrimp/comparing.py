@@ -120,6 +120,7 @@ class Comparison:
                 "live": planned.live,
                 "seconds": planned.seconds / max(sum(s.steps for s in planned.stages), 1),
                 "flops": sum(s.steps * sum(s.flops().values()) for s in planned.stages),
+                "trained": planned.stages[-1].trained,
             },
             "sweep": [{"lr": cell["lr"], "loss": cell["loss"]} for cell in first],
             "cells": cells,
@@ -191,8 +192,10 @@ def measured(folder: Path, data: Any) -> Cell:
     if not curve:
         raise UserError("a comparison needs validation.", "validate", "Set `every` and `batches` above 0.")
     loss = curve[-1][3]
+    joules = sum(s["joules"] for s in steps) if all("joules" in s for s in steps) else None
     return {"loss": loss, "bits_per_byte": bits_per_byte(loss, data), "seconds": clock, "tokens": tokens, "pace": pace,
-            "tokens_per_second": tokens / clock, "peak_bytes": steps[-1]["peak_bytes"], "curve": curve}  # fmt: skip
+            "tokens_per_second": tokens / clock, "peak_bytes": steps[-1]["peak_bytes"], "joules": joules,
+            "curve": curve}  # fmt: skip
 
 
 def bits_per_byte(loss: float, data: Any) -> float | None:

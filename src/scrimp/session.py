@@ -14,6 +14,7 @@ from torch import nn
 
 from scrimp import checkpoint
 from scrimp.data.chat import prompted
+from scrimp.energy import Energy
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.meter import memory_peak
@@ -43,6 +44,8 @@ class Session:
     """The run whose weights this one began with."""
     base: str = ""
     """What identifies the weights that checkpoints leave out."""
+    energy: Energy = field(default_factory=Energy)
+    """Of the machine, where it can be read."""
     ended: str = ""
     """Why the run is at its end, if it is: finished, or stopped early."""
 
@@ -114,6 +117,8 @@ def record(run: Run, session: Session, fields: dict[str, Any]) -> None:
     """One step's line for metrics.jsonl and for the progress view."""
     line = {"step": run.clock.step, **fields, "position": run.clock.position, "stage": run.clock.stage,
             "peak_bytes": memory_peak(run.device)}  # fmt: skip
+    if (joules := session.energy.joules()) is not None:
+        line["joules"] = joules
     if session.folder is not None:
         session.folder.write(line)
     session.observe("step", line)

@@ -23,6 +23,17 @@ def test_singular_values_go_to_one_and_vectors_stay(shape: tuple[int, int]) -> N
     assert (torch.linalg.svdvals(made) > 0.6).all() and (torch.linalg.svdvals(made) < 1.3).all()
 
 
+def test_fewer_iterations_leave_values_further_from_one() -> None:
+    matrix = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    off = [float((torch.linalg.svdvals(orthogonal(matrix, steps=steps)) - 1).abs().max()) for steps in (1, 5)]
+    assert off[0] > 0.5 > off[1]
+    weights = [torch.nn.Parameter(torch.zeros(6, 9, dtype=torch.float64)) for _ in range(2)]
+    for w, iterations in zip(weights, (5, 2), strict=True):
+        w.grad = matrix.clone()
+        MuonRule([w], lr=1.0, momentum=0.0, iterations=iterations).step()
+        assert torch.allclose(w, -0.2 * 3 * orthogonal(matrix, torch.float64, iterations))
+
+
 def test_one_step_by_hand() -> None:
     w = torch.nn.Parameter(torch.eye(2, dtype=torch.float64))
     w.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)

@@ -68,11 +68,14 @@ class Muon(Technique):
     """Pattern of matrices that are AdamW's too: embeddings and heads."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the iteration; bfloat16 is faster where the device has such products."""
+    iterations: int = 5
+    """Of the orthogonalization; fewer are cheaper and leave the singular values further from 1."""
     params: str = "*"
     """Pattern of the parameters this rule owns."""
 
     def __post_init__(self) -> None:
         at_least(0, self, "lr", "eps", "weight_decay", "momentum")
+        at_least(1, self, "iterations")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum)):
             raise UserError(f"momentum and both betas must be in [0, 1), not {self.momentum} and {self.betas}.")
 
@@ -91,7 +94,7 @@ class Muon(Technique):
             inside, outside = ([Group({n: p for n, p in g.params.items() if (n in hidden) is wanted}, g.lr, g.decay)
                                 for g in groups] for wanted in (True, False))  # fmt: skip
             rule = MuonRule(param_groups(inside, self.lr, self.weight_decay), self.lr, self.momentum,
-                            dtype=getattr(torch, self.precision))  # fmt: skip
+                            dtype=getattr(torch, self.precision), iterations=self.iterations)  # fmt: skip
             rest = param_groups(outside, self.lr, self.weight_decay)
             if not rest:
                 return rule
@@ -112,16 +115,17 @@ class MuonRule(Optimizer):
         momentum: decay rate of the momentum.
         weight_decay: decoupled decay, multiplied by the learning rate.
         dtype: of the iteration.
+        iterations: how many.
     Raises:
         ValueError: if a parameter is no matrix.
     """
 
     def __init__(
         self, params: Any, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32, iterations: int = 5,
     ) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
+        self.dtype, self.iterations = dtype, iterations
         shapes = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim != 2]
         if shapes:
             raise ValueError(f"Muon trains matrices, not a parameter of shape {shapes[0]}")
@@ -142,7 +146,7 @@ class MuonRule(Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].mul_(mu).add_(p.grad)
-                update = orthogonal(p.grad.add(momentum, alpha=mu), self.dtype)
+                update = orthogonal(p.grad.add(momentum, alpha=mu), self.dtype, self.iterations)
                 p.mul_(1 - lr * group["weight_decay"])
                 p.add_(update.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
         return loss
