@@ -264,7 +264,8 @@ def test_metadata_of_every_kind(tmp_path: Path) -> None:
     ],
 )
 def test_text_is_cut_as_the_name_says(tmp_path: Path, name: str, pieces: list[str]) -> None:
-    import_gguf(written(tmp_path, **{"tokenizer.ggml.pre": name}), tmp_path / "out")
+    changes: dict[str, Any] = {"tokenizer.ggml.pre": name}
+    import_gguf(written(tmp_path, **changes), tmp_path / "out")
     inner = open_tokenizer(str(tmp_path / "out")).inner
     assert inner.pre_tokenizer is not None
     assert [piece for piece, _ in inner.pre_tokenizer.pre_tokenize_str("I'll see 12345  x")] == pieces

@@ -143,8 +143,12 @@ class ChatTokenizer(Tokenizer):
         """Ids of the special tokens, as config.json calls them; None where texts begin with our end-of-text token."""
         if not self.chat.template:
             return None
-        known = {f"{name}_id": self.inner.token_to_id(text) for name, text in self.chat.special.items()}
-        return {name: known[name] for name in ("bos_token_id", "eos_token_id") if known.get(name) is not None}
+        found: dict[str, int] = {}
+        for name in ("bos_token", "eos_token"):
+            i = self.inner.token_to_id(self.chat.special.get(name, ""))
+            if i is not None:
+                found[f"{name}_id"] = i
+        return found
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and what else `AutoTokenizer` needs."""
@@ -182,7 +186,7 @@ def open_tokenizer(place: str, end: str = "", template: str = "") -> ChatTokeniz
         special = _special(said)
         found = ChatTokenizer.read(path, end or special.get("eos_token", ""))
         assert isinstance(found, ChatTokenizer)
-    word = found.inner.id_to_token(found.end)
+    word = str(found.inner.id_to_token(found.end))
     text = _template(folder, said, template)
     return replace(found, chat=Chat(word, text, _special(said) | {"eos_token": word}))
 
