@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(page for place in ("", "guides") for page in sorted((ROOT / "docs" / place).glob("*.md"))),
+)
 MARK = re.compile(r"<!-- ([a-z0-9-]+)-table -->\n(.*?)<!-- /\1-table -->", re.DOTALL)
 
 
@@ -77,6 +80,32 @@ def part_keys(key: str) -> str:
 
     found = schema()["properties"][key]["anyOf"][1]["properties"]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
+
+
+def instruct() -> str:
+    """What tuning on instructions did to a small model that was rounded to 4 bits once."""
+    found = evidence("instruct")
+    before, after, data = found["before"], found["after"], found["data"]
+    lines = ["| held-out answers | loss, nats a token | perplexity |", "|---|---|---|"]
+    for name, score in (("before", before), ("after", after)):
+        lines.append(f"| {name} | {score['loss']:.3f} | {score['perplexity']:.1f} |")
+    steps, tokens = len(found["losses"]), found["recipe"]["batch"] * found["recipe"]["data"]["context"]
+    minutes = found["seconds"]["training"] / 60
+    machine = f"{found['about']['environment']['processor']}, {found['threads']} thread"
+    about = (
+        f"{steps} steps of {tokens:,} tokens, {minutes:.1f} minutes on {machine} that others used too; one seed, "
+        f"{data['held_out_targets']:,} held-out tokens. {found['about']['model']}"
+    )
+    return "\n".join([*lines, "", about])
+
+
+def dataset_keys(name: str) -> str:
+    """Every setting of one of our data sets."""
+    from scrimp.registry import BUILT_IN
+    from scrimp.schema import schema
+
+    found = schema()["properties"]["data"]["anyOf"][1 + list(BUILT_IN["datasets"]).index(name)]["properties"]
+    return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, "data.")])
 
 
 def presets() -> str:
@@ -149,6 +178,25 @@ def catalogue() -> str:
     return "\n".join([*lines, "", about])
 
 
+def tasks() -> str:
+    """What every technique does on every task; reasons are numbered."""
+    rows = evidence("tasks")["rows"]
+    columns, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("task", "technique"))
+    found = {(row["technique"], row["task"]): row for row in rows}
+    reasons: dict[str, int] = {}
+
+    def cell(name: str, task: str) -> str:
+        row = found[name, task]
+        if row["verdict"] == "trains":
+            return "✓"
+        reason = row["reason"] if row["verdict"] == "refused" else f"Fails: {row['reason']}"
+        return f"{'no' if row['verdict'] == 'refused' else '✗'} {reasons.setdefault(reason, len(reasons) + 1)}"
+
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [f"| `{name}` | " + " | ".join(cell(name, task) for task in columns) + " |" for name in names]
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())]).rstrip()
+
+
 def thrifty() -> str:
     """What the thrifty recipe reached, and what its parts did."""
     found = evidence("thrifty")
@@ -178,7 +226,9 @@ def thrifty() -> str:
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue, "thrifty": thrifty,
+    "catalogue": catalogue, "thrifty": thrifty, "tasks": tasks,
+    "instructions": lambda: dataset_keys("instructions"),
+    "instruct": instruct,
 }  # fmt: skip
 
 

@@ -218,6 +218,21 @@ def export(
     typer.echo(f"Wrote {write(run, out)}")
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A .gguf file that holds a Llama.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Write a GGUF file as a Hugging Face folder, for recipes to start from."""
+    from scrimp.models.gguf_llama import import_gguf
+
+    made = import_gguf(file, out, dtype)
+    types = ", ".join(f"{count} of {name}" for name, count in made.types.most_common())
+    typer.echo(f"Wrote {made.folder}: {made.weights:,} weights; tensors were {types}.")
+    typer.echo("What quantization rounded away does not come back.")
+
+
 @app.command("eval")
 def eval_(run: RunPath, batches: Annotated[int, typer.Option(help="0 for the whole held-out set.")] = 0) -> None:
     """Measure a run on its held-out data."""

@@ -9,6 +9,7 @@ import torch
 
 from scrimp.agree import configured
 from scrimp.clock import Clock
+from scrimp.data.chat import prompted
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
 from scrimp.products import fast_products
@@ -54,7 +55,7 @@ def continue_text(place: str | Path, prompt: str, tokens: int, temperature: floa
 
     run = open_run(place, corpus=False)
     tokenizer = run.data.tokenizer
-    ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
+    ids = torch.tensor(prompted(tokenizer, prompt), device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)
     assert run.evaluate is not None
     with fast_products():

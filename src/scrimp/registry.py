@@ -24,7 +24,10 @@ HERE = Path(__file__).parent / "techniques"
 BUILT_IN = {
     "models": {"transformer": "scrimp.models.transformer:TransformerConfig"},
     "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
-    "datasets": {"text": "scrimp.data.text:TextData"},
+    "datasets": {
+        "text": "scrimp.data.text:TextData",
+        "instructions": "scrimp.data.instructions:InstructionData",
+    },
 }
 
 BROKEN = "Ask its authors to mend it, or uninstall it."

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from scrimp import checkpoint
+from scrimp.data.chat import prompted
 from scrimp.energy import Energy
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
@@ -142,7 +143,7 @@ def sample(run: Run) -> str:
     if not wanted.tokens or tokenizer is None or not writes:
         return ""
     assert run.evaluate is not None
-    prompt = [tokenizer.end, *tokenizer.encode(wanted.prompt)]
+    prompt = prompted(tokenizer, wanted.prompt)
     chance = torch.Generator(run.device).manual_seed(run.seed)
 
     def job(model: nn.Module) -> list[int]:

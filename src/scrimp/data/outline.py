@@ -22,6 +22,8 @@ class Windows:
 
     count: int
     context: int
+    isolate: bool = False
+    """Whether items say which tokens are of one document."""
 
     def __len__(self) -> int:
         return self.count
@@ -32,7 +34,8 @@ class Windows:
 
     def read(self, ids: np.ndarray, sample: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """Windows as a task takes them."""
-        return {"tokens": self.windows(ids)}
+        tokens = self.windows(ids)
+        return {"tokens": tokens, "documents": np.zeros_like(tokens)} if self.isolate else {"tokens": tokens}
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ class Outline:
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def estimated(size: int, tokenizer: str, vocab: int, context: int, holdout: float) -> Outline:
+def estimated(size: int, tokenizer: str, vocab: int, context: int, holdout: float, isolate: bool = False) -> Outline:
     """An outline from bytes of text."""
     tokens = size / BYTES_PER_TOKEN.get(tokenizer, BYTES_PER_TOKEN["bpe"])
     windows = max(2, int(tokens / context))
     held = max(1, int(windows * holdout))
     note = f"The corpus is not built yet: {tokens:,.0f} tokens are an estimate from {size:,} bytes of files."
-    return Outline(Windows(windows - held, context), Windows(held, context), Vocabulary(vocab), note)
+    train, validation = (Windows(count, context, isolate) for count in (windows - held, held))
+    return Outline(train, validation, Vocabulary(vocab), note)

@@ -24,6 +24,8 @@ class Tokens:
     """Tokens in the file."""
     context: int
     """Tokens of a window, without its last target."""
+    end: int | None = None
+    """Id of the end-of-text token, if windows shall say where documents begin."""
 
     def __len__(self) -> int:
         return max(0, (self.count - 1) // self.context)
@@ -33,8 +35,14 @@ class Tokens:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.count,))
 
     def read(self, ids: np.ndarray, sample: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Windows as a task takes them: `tokens`, int64 [len(ids), context + 1]."""
-        return {"tokens": self.windows(ids)}
+        """Windows as a task takes them: `tokens`, int64 [len(ids), context + 1].
+
+        With `end` also `documents`, of the same shape: a number that rises at each end-of-text token. That token ends a
+        document as a target; as an input it begins the next, whose first token is predicted from it alone, as when
+        text is generated.
+        """
+        tokens = self.windows(ids)
+        return {"tokens": tokens} if self.end is None else {"tokens": tokens, "documents": numbered(tokens, self.end)}
 
     def window(self, i: int, length: int | None = None) -> np.ndarray:
         """Inputs and targets of window i: int64, shape [length + 1], from token i * context on.
@@ -59,3 +67,8 @@ class Tokens:
             raise IndexError(f"windows are 0 to {len(self) - 1}, not {ids.min()} to {ids.max()}")
         places = ids[:, None] * self.context + np.arange(length + 1)
         return self._tokens[places].astype(np.int64)
+
+
+def numbered(tokens: np.ndarray, end: int) -> np.ndarray:
+    """Number of each token's document, from 0 in each row: int64 [B, T], rising at every `end`."""
+    return (tokens == end).cumsum(1, dtype=np.int64)

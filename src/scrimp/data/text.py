@@ -60,6 +60,9 @@ class TextData:
     """End-of-text token of a given tokenizer.json; found by itself when it has a usual name."""
     context: int = 256
     """Tokens of a training window."""
+    isolate: bool = False
+    """Documents that share a window do not see each other, and positions begin anew with each. Every window then has a
+    mask of its own, [context, context]."""
     holdout: float = 0.05
     """Share of the documents that is held out, by content, so that copies stay together; at least one."""
     cache: str = ""
@@ -83,7 +86,8 @@ class TextData:
         root = cache_folder(self.cache, "text")
         folder = root / _key(self, files, root)
         meta = read_meta(folder) or publish(folder, lambda partial: _build(self, files, partial, root))
-        tokens = [Tokens(folder / f"{s}.bin", meta["dtype"], meta["tokens"][s], self.context) for s in SPLITS]
+        end = meta["end"] if self.isolate else None
+        tokens = [Tokens(folder / f"{s}.bin", meta["dtype"], meta["tokens"][s], self.context, end) for s in SPLITS]
         for name, split in zip(SPLITS, tokens, strict=True):
             if len(split) < 1:
                 what = f"the {name} split has {split.count} tokens, too few for a window of {self.context} + 1."
@@ -113,7 +117,8 @@ class TextData:
             folder: has the tokenizer.json that the corpus was tokenized with.
             tokens: of each split.
         """
-        train, validation = (Windows(max(1, (tokens.get(s, 0) - 1) // self.context), self.context) for s in SPLITS)
+        counts = [max(1, (tokens.get(s, 0) - 1) // self.context) for s in SPLITS]
+        train, validation = (Windows(count, self.context, self.isolate) for count in counts)
         end = END if self.tokenizer in TRAINED else self.end
         return Outline(train, validation, Tokenizer.read(folder, end))
 
@@ -126,7 +131,8 @@ class TextData:
         vocab = self.vocab
         if self.tokenizer != "bpe":
             vocab = _tokenizer(self, files, 0).vocab
-        return estimated(sum(path.stat().st_size for path in files), self.tokenizer, vocab, self.context, self.holdout)
+        size = sum(path.stat().st_size for path in files)
+        return estimated(size, self.tokenizer, vocab, self.context, self.holdout, self.isolate)
 
 
 def _key(settings: TextData, files: list[Path], root: Path) -> str:

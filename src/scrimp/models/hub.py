@@ -236,6 +236,10 @@ def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[st
     end = getattr(tokenizer, "end", None)
     if end is None:
         return ids
+    own = getattr(tokenizer, "special_ids", lambda: None)()
+    if own is not None:
+        # A tokenizer with a chat template has written all its files, and its texts begin as the template says.
+        return ids | own
     ids |= {"bos_token_id": end, "eos_token_id": end}
     _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
     file, path = folder / "tokenizer.json", folder / "tokenizer_config.json"

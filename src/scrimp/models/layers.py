@@ -186,7 +186,8 @@ class Block(nn.Module):
 
         Args:
             rope: (cos, sin), each [T, D/2] or [B, 1, T, D/2].
-            mask: which tokens see which, boolean, broadcast to [B, H, T, T]; replaces the causal one.
+            mask: which tokens see which, boolean or added to the scores, broadcast to [B, H, T, T]; replaces the
+                causal one.
             sample: number of each sample in the run, [B]; keys dropout.
             cache: keys and values of the tokens before, for generation.
             states: of an encoder, [B, S, C'], and which of them count, [B, 1, 1, S].
@@ -206,7 +207,7 @@ class Block(nn.Module):
 
 
 def rotary(place: Tensor, c: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles, [T, D/2]. Computed in at least float32."""
+    """cos and sin of the rotation angles, in at least float32: [T, D/2] of places [T], [B, 1, T, D/2] of [B, T]."""
     wide = torch.promote_types(dtype, torch.float32)
     rate = c.rope_base ** -(torch.arange(0, c.head_dim, 2, device=place.device, dtype=wide) / c.head_dim)
     if c.rope_scaling:
@@ -214,7 +215,8 @@ def rotary(place: Tensor, c: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         turns = rate * s["original_context"] / (2 * math.pi)
         blend = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         rate = rate * (blend + (1 - blend) / s["factor"])
-    angle = place.to(wide)[:, None] * rate
+    angle = place.to(wide)[..., None] * rate
+    angle = angle[:, None] if place.ndim == 2 else angle
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 

@@ -172,6 +172,8 @@ class Transformer(nn.Module):
             x = self.embed_norm(x)
         rope = rotary(place, self.config, x.dtype) if self.config.positions == "rotary" else None
         mask = seen(tokens, self.config.causal, attended, documents)
+        if mask is not None and documents is not None and attended is None:
+            mask = added(mask, x)
         x = self.dropout(x, sample)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, sample, cache[i] if cache is not None else None)
@@ -226,3 +228,15 @@ def seen(tokens: Tensor, causal: bool, attended: Tensor | None, documents: Tenso
         before = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
         mask = mask & before
     return mask
+
+
+def added(mask: Tensor, x: Tensor) -> Tensor:
+    """A boolean mask as what is added to the scores, in the type in which attention computes: 0 or minus infinity.
+
+    torch's kernels make that of a boolean one, and every block would keep its own for the backward pass. Each token
+    must see at least one.
+    """
+    kind = x.device.type
+    half = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if half else x.dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))

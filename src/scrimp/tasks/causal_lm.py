@@ -23,18 +23,38 @@ class CausalLM:
     """Share of the target's probability spread evenly over the vocabulary, in training only."""
 
     def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
-        """A batch from windows of tokens, [B, T + 1], and the samples' numbers in the run, [B]."""
-        tokens = torch.from_numpy(items["tokens"])
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "sample": torch.from_numpy(sample)}
+        """A batch of inputs and targets, [B, T].
+
+        Args:
+            items: `tokens` [B, T + 1], each the target of the one before. Or `tokens` [B, T] beside `targets` [B, T],
+                -100 where nothing is learned. `documents`, at least [B, T], says which inputs see each other.
+            sample: numbers of the samples in the run, [B].
+        """
+        given = {name: torch.from_numpy(value) for name, value in items.items()}
+        tokens, targets = given["tokens"], given.get("targets")
+        if targets is None:
+            tokens, targets = tokens[:, :-1], tokens[:, 1:]
+        batch = {"tokens": tokens, "targets": targets, "sample": torch.from_numpy(sample)}
+        if "documents" in given:
+            batch["documents"] = given["documents"][:, : tokens.shape[1]]
+        return batch
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
-        """How many targets the summed loss sums over: int64, a scalar."""
-        return (batch["targets"] != -100).sum()
+        """How many targets the summed loss sums over: int64, a scalar.
+
+        At least 1: a batch whose targets were all cut off, as by length_warmup, trains nothing.
+        """
+        return (batch["targets"] != -100).sum().clamp(min=1)
+
+    def tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """How many tokens the model sees, padding and prompts too: int64, a scalar."""
+        return torch.tensor(batch["tokens"].numel())
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss."""
         smoothing = self.label_smoothing if model.training else 0.0
-        return model(batch["tokens"], batch["targets"], batch["sample"], smoothing)
+        more = {"documents": batch["documents"]} if "documents" in batch else {}
+        return model(batch["tokens"], batch["targets"], batch["sample"], smoothing, **more)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
@@ -42,6 +62,6 @@ class CausalLM:
         total, count = 0.0, 0
         for batch in batches:
             total += float(self.loss(model, batch))
-            count += int(self.count(batch))
-        mean = total / count
+            count += int((batch["targets"] != -100).sum())
+        mean = total / max(count, 1)
         return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
