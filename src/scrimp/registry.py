@@ -22,9 +22,17 @@ from scrimp.technique import SLOTS, Card, Technique
 
 HERE = Path(__file__).parent / "techniques"
 BUILT_IN = {
-    "models": {"transformer": "scrimp.models.transformer:TransformerConfig"},
-    "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
-    "datasets": {"text": "scrimp.data.text:TextData"},
+    "models": {
+        "transformer": "scrimp.models.transformer:TransformerConfig",
+        "vision": "scrimp.models.vision:VisionConfig",
+        "masked_autoencoder": "scrimp.models.masked_autoencoder:MaskedAutoencoderConfig",
+    },
+    "tasks": {
+        "causal-lm": "scrimp.tasks.causal_lm:CausalLM",
+        "classify": "scrimp.tasks.classify:Classify",
+        "masked-image": "scrimp.tasks.masked_image:MaskedImage",
+    },
+    "datasets": {"text": "scrimp.data.text:TextData", "images": "scrimp.data.images:ImageData"},
 }
 
 BROKEN = "Ask its authors to mend it, or uninstall it."
