@@ -229,7 +229,10 @@ def test_what_a_folder_cannot_hold_is_refused(config: Any, said: str, tmp_path: 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"architectures": ["ViTForMaskedImageModeling"]}, "models of class `ViTForMaskedImageModeling` cannot be read"),
+        (
+            {"architectures": ["ViTForMaskedImageModeling"]},
+            "`ViTForMaskedImageModeling` cannot be read",
+        ),
         ({"hidden_act": "mish"}, "the activation `mish` is not known"),
         ({"image_size": [12, 16]}, "only squares are known"),
         ({"num_hidden_layers": 3}, "missing: vit.encoder.layer.2"),

@@ -225,4 +225,5 @@ def decoded(raw: Raw, image: int, channels: int) -> np.ndarray:
 def _picture(raw: Raw, module: Any) -> Any:
     if isinstance(raw, np.ndarray):
         return module.fromarray(raw[..., 0] if raw.ndim == 3 and raw.shape[2] == 1 else raw)
-    return module.open(BytesIO(raw) if isinstance(raw, bytes) else raw)
+    # Read whole, since Pillow leaves a damaged file open.
+    return module.open(BytesIO(raw if isinstance(raw, bytes) else raw.read_bytes()))
