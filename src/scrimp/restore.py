@@ -30,7 +30,7 @@ def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | No
     """
     if start:
         _, origin, state, meta = RunFolder.reopen(start)
-        given = whole(origin, data, state, meta)["model"]
+        given = dict(whole(origin, data, state, meta)["model"])
         return {"model": adopted(given, origin.model, configured(recipe, data), start)}
     source = getattr(recipe.model, "source", "")
     if source:

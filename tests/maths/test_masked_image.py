@@ -22,8 +22,8 @@ from scrimp.training import train
 from scrimp.weights import initialize
 from tiny import assert_equal, example, flat
 
-SIZE = {"image": 8, "patch": 2, "channels": 1, "layers": 2, "width": 16, "heads": 2}
-MAE = {"decoder_layers": 1, "decoder_width": 8, "decoder_heads": 2}
+SIZE: dict[str, Any] = {"image": 8, "patch": 2, "channels": 1, "layers": 2, "width": 16, "heads": 2}
+MAE: dict[str, Any] = {"decoder_layers": 1, "decoder_width": 8, "decoder_heads": 2}
 
 
 def made(**options: Any) -> MaskedAutoencoder:
@@ -124,7 +124,7 @@ def recipe_of(digits: dict[str, Any], model: dict[str, Any], task: Any, out: Pat
     return Recipe(model=model, data=digits, task=task, techniques=(rule,), out=str(out), **settings)
 
 
-TRUNK = {"patch": 2, "layers": 2, "width": 16, "heads": 2}
+TRUNK: dict[str, Any] = {"patch": 2, "layers": 2, "width": 16, "heads": 2}
 
 
 @pytest.mark.parametrize("drop", [True, False])

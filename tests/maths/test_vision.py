@@ -13,7 +13,7 @@ from scrimp.models.patches import resampled, sincos, unfolded
 from scrimp.models.vision import Vision, VisionConfig
 from scrimp.weights import initialize
 
-SIZE = {"image": 8, "patch": 4, "channels": 3, "layers": 2, "width": 16, "heads": 2}
+SIZE: dict[str, Any] = {"image": 8, "patch": 4, "channels": 3, "layers": 2, "width": 16, "heads": 2}
 
 
 def made(**options: Any) -> Vision:
@@ -73,6 +73,7 @@ def test_kept_patches_alone_equal_attention_that_sees_only_them() -> None:
     seen = torch.ones(2, 5, dtype=torch.bool)
     seen[:, 1:] = torch.zeros(2, 4, dtype=torch.bool).scatter(1, kept, True)
     x = model.patches(unfolded(images(), 4)) + model.positions.weight[1:]
+    assert model.class_token is not None
     start = model.class_token.weight + model.positions.weight[0]
     x = torch.cat([start.expand(2, 1, -1), x], 1)
     for block in model.blocks:

@@ -23,8 +23,10 @@ from scrimp.weights import initialize
 
 transformers: Any = pytest.importorskip("transformers")
 
-SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 12,
-        "patch_size": 4, "num_channels": 3}  # fmt: skip
+SIZE: dict[str, Any] = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 12,
+    "patch_size": 4, "num_channels": 3,
+}  # fmt: skip
 DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
            "decoder_intermediate_size": 24}  # fmt: skip
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -36,8 +38,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 IMAGES = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 NOISE = torch.rand(3, 9, generator=torch.Generator().manual_seed(1))
-OURS = {"image": 12, "patch": 4, "channels": 3, "layers": 2, "width": 32, "heads": 4}
-MAE = {"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2, "positions": "sincos"}
+OURS: dict[str, Any] = {"image": 12, "patch": 4, "channels": 3, "layers": 2, "width": 32, "heads": 4}
+MAE: dict[str, Any] = {"decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2, "positions": "sincos"}
 
 
 def theirs(case: str) -> Any:
