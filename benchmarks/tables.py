@@ -71,11 +71,15 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-def part_keys(key: str) -> str:
-    """Every setting of our own model, task or data set."""
+def part_keys(key: str, name: str = "") -> str:
+    """Every setting of our own model, task or data set: of the one that is so called, or of the usual one."""
+    from scrimp.recipe import GROUPS
+    from scrimp.registry import BUILT_IN
     from scrimp.schema import schema
 
-    found = schema()["properties"][key]["anyOf"][1]["properties"]
+    known = list(BUILT_IN[GROUPS[key]])
+    place = 1 + (known.index(name) if name else 0)
+    found = schema()["properties"][key]["anyOf"][place]["properties"]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
 
 
@@ -149,10 +153,25 @@ def catalogue() -> str:
     return "\n".join([*lines, "", about])
 
 
+def vision() -> str:
+    """What `benchmarks/vision.py` measured."""
+    lines = ["| run | weights | held out, before | after | steps | images | seconds |", "|---|---|---|---|---|---|---|"]
+    for row in (row for part in ("fashion", "digits") for row in evidence("vision")[part]["rows"]):
+        before, after = (f"{100 * x['accuracy']:.1f} %" if "accuracy" in x else f"loss {x['loss']:.3f}"
+                         for x in (row["before"], row["after"]))  # fmt: skip
+        lines.append(f"| {row['name']} | {row['parameters']:,} | {before} | {after} | {row['steps']} "
+                     f"| {row['images']:,} | {row['seconds']:.0f} |")  # fmt: skip
+    machine = evidence("vision")["fashion"]["about"]["environment"]
+    about = f"One seed, one thread of {machine['processor']}, torch {machine['torch']}; accuracy, or the loss of a patch."
+    return "\n".join([*lines, "", f"{about} `python benchmarks/vision.py`."])
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue,
+    "catalogue": catalogue, "vision-results": vision, "vision": lambda: part_keys("model", "vision"),
+    "masked-autoencoder": lambda: part_keys("model", "masked_autoencoder"),
+    "images": lambda: part_keys("data", "images"), "masked-image": lambda: part_keys("task", "masked-image"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import torch
 
 from scrimp.agree import configured
 from scrimp.clock import Clock
+from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
 from scrimp.products import fast_products
@@ -54,6 +55,8 @@ def continue_text(place: str | Path, prompt: str, tokens: int, temperature: floa
 
     run = open_run(place, corpus=False)
     tokenizer = run.data.tokenizer
+    if tokenizer is None:
+        raise UserError("the run was not trained on text, and writes none.", str(place), "`scrimp eval` measures it.")
     ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)
     assert run.evaluate is not None

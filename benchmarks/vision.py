@@ -1,0 +1,158 @@
+"""Vision: a classifier from scratch, a masked autoencoder, and a classifier that goes on from it.
+
+    python benchmarks/vision.py                  # about twenty minutes on one thread; writes evidence/vision.json
+    python benchmarks/vision.py --only digits    # a minute, and replaces only those rows
+
+`fashion` trains the recipes of `recipes/` on Debian's dataset-fashion-mnist; `digits` trains smaller ones on the 8 x 8
+digits that scikit-learn ships. Accuracy is that of all held-out images, before the first step and after the last; a
+masked autoencoder has a loss instead. Seconds are those of the steps, by the wall clock, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from scrimp.folder import environment
+from scrimp.meter import resident_peak
+from scrimp.plain import to_device
+from scrimp.recipe import Recipe
+from scrimp.run import Run
+from scrimp.training import train
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "evidence" / "vision.json"
+TRUNK = {"patch": 2, "layers": 3, "width": 64, "heads": 4}
+RULES = {"adamw": {"lr": 2e-3, "weight_decay": 0.05}, "warmup_cosine": {"warmup": 0.1, "floor": 0.0}}
+CLASSIFY = {"task": "classify", "batch": 32, "duration": "200 step", "techniques": RULES}
+
+
+def main() -> None:
+    """Train the arms that are asked for, print a table and replace their rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("fashion", "digits"), help="one of the two sets of images")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for name, arms in (("digits", digits), ("fashion", fashion)):
+        if args.only in (None, name):
+            with TemporaryDirectory() as folder:
+                found[name] = {"about": about(), "rows": arms(Path(folder))}
+            OUT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def fashion(folder: Path) -> list[dict[str, Any]]:
+    """The shipped recipes, and what they are to be compared with."""
+
+    def load(name: str, *words: str) -> Recipe:
+        quiet = ("log.tensorboard=false", f"out={folder}")
+        return Recipe.load(ROOT / "recipes" / f"{name}.yaml", [*quiet, *words])
+
+    return [
+        row("vit-fashion", load("vit-fashion")),
+        row("mae-fashion", load("mae-fashion")),
+        row("mae-fashion-finetune", load("mae-fashion-finetune"), folder / "mae-fashion"),
+        row("mae-fashion-finetune, from scratch", load("mae-fashion-finetune", "name=scratch")),
+        row("mae-fashion, 20 steps", load("mae-fashion", "steps=20", "name=a")),
+        row("mae-fashion, 20 steps, mask tokens", load("mae-fashion", "steps=20", "name=b", "model.drop=false")),
+    ]
+
+
+def digits(folder: Path) -> list[dict[str, Any]]:
+    """The same on images of 8 x 8 pixels."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    np.savez(folder / "digits.npz", x=(x.reshape(-1, 8, 8) * 15).astype(np.uint8), y=y)
+    common = {
+        "data": {"name": "images", "source": f"{folder}/digits.npz", "holdout": 0.3, "cache": str(folder), "crop": 1},
+        "log": {"tensorboard": False},
+        "out": str(folder),
+    }
+    vision = {"name": "vision", **TRUNK, "pooling": "mean"}
+    mae = {"name": "masked_autoencoder", **TRUNK, "positions": "sincos", "decoder_width": 32, "decoder_layers": 1}
+
+    def read(name: str, **more: Any) -> Recipe:
+        return Recipe.read({**common, "name": name, **more})
+
+    pre = {"model": mae, "task": "masked-image", "batch": 64, "duration": "400 step", "techniques": RULES}
+    short = {**CLASSIFY, "duration": "60 step"}
+    return [
+        row("vit-digits", read("vit", model=vision, **CLASSIFY)),
+        row("mae-digits", read("mae", **pre)),
+        row("mae-digits-finetune", read("tuned", model=vision, **short), folder / "mae"),
+        row("mae-digits-finetune, from scratch", read("scratch", model=vision, **short)),
+    ]
+
+
+def row(name: str, recipe: Recipe, start: Path | None = None) -> dict[str, Any]:
+    """One run: held-out scores before and after, steps, seconds, memory."""
+    seconds: list[float] = []
+    before: dict[str, float] = {}
+
+    def see(event: str, fields: dict[str, Any]) -> None:
+        if event == "stage":
+            before.update(scores(fields["run"]))
+        elif event == "step":
+            seconds.append(fields["seconds"])
+
+    result = train(recipe, start=start, observe=see)
+    found = {
+        "name": name,
+        "recipe": recipe.dump(),
+        "from": start.name if start else None,
+        "parameters": sum(p.numel() for p in result.run.model.parameters()),
+        "held_out": len(result.run.data.validation),
+        "before": before,
+        "after": scores(result.run),
+        "steps": len(seconds),
+        "images": len(seconds) * recipe.batch,
+        "seconds": sum(seconds),
+        "seconds_a_step": statistics.median(seconds),
+        "peak_bytes": resident_peak(),
+    }
+    print(line(found), flush=True)
+    return found
+
+
+def scores(run: Run) -> dict[str, float]:
+    """The task's metrics over all held-out images."""
+    held, size = run.data.validation, 250
+    spans = [np.arange(i, min(i + size, len(held))) for i in range(0, len(held), size)]
+    parts = (to_device(run.task.batch(held.read(span), span), run.device) for span in spans)
+    assert run.evaluate is not None
+    return run.evaluate(lambda model: run.task.evaluate(model, parts))
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row for reading."""
+    ends = [
+        f"accuracy {100 * part['accuracy']:.2f} %" if "accuracy" in part else f"loss {part['loss']:.4f}"
+        for part in (found["before"], found["after"])
+    ]
+    return (
+        f"{found['name']:36} {found['parameters']:>9,} weights  {ends[0]} -> {ends[1]}  {found['steps']} steps, "
+        f"{found['seconds']:.0f} s, {1000 * found['seconds_a_step']:.0f} ms a step"
+    )
+
+
+def about() -> dict[str, Any]:
+    """Where and on what this was made."""
+    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
+    known = {key: value for key, value in environment().items() if key != "command"}
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(), "environment": known}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
