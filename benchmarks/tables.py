@@ -162,7 +162,7 @@ def vision() -> str:
         lines.append(f"| {row['name']} | {row['parameters']:,} | {before} | {after} | {row['steps']} "
                      f"| {row['images']:,} | {row['seconds']:.0f} |")  # fmt: skip
     machine = evidence("vision")["fashion"]["about"]["environment"]
-    about = f"One seed, one thread of {machine['processor']}, torch {machine['torch']}; accuracy, or the loss of a patch."
+    about = f"One seed, one thread of {machine['processor']}, torch {machine['torch']}; accuracy or loss."
     return "\n".join([*lines, "", f"{about} `python benchmarks/vision.py`."])
 
 

@@ -141,7 +141,8 @@ class PatchEncoder(nn.Module):
         super().__init__()
         c = config
         self.patch, self.first = c.patch, int(c.class_token)
-        self.patches = Linear(c.values, c.width, c.bias, c.init_std)
+        # By the number of inputs, as ViT has it: 0.02 is far too little for the few values of a small patch.
+        self.patches = Linear(c.values, c.width, c.bias, max(c.values, 1) ** -0.5)
         self.class_token = Embedding(1, c.width, c.init_std) if c.class_token else None
         self.positions = positions_of(c, c.width)
         self.dropout = Dropout(c.dropout, site=0)
