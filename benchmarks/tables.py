@@ -155,7 +155,10 @@ def catalogue() -> str:
 
 def vision() -> str:
     """What `benchmarks/vision.py` measured."""
-    lines = ["| run | weights | before | after | steps | images | seconds | of the processor |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | weights | before | after | steps | images | seconds | of the processor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     rows = evidence("vision")["rows"]
     for name, row in rows.items():
         before, after = (f"{100 * x['accuracy']:.1f} %" if "accuracy" in x else f"loss {x['loss']:.3f}"
@@ -164,8 +167,8 @@ def vision() -> str:
         lines.append(f"| {name} | {row['parameters']:,} | {before} | {after} | {row['steps']} | {row['images']:,} "
                      f"| {seconds} |")  # fmt: skip
     machine = next(iter(rows.values()))["about"]["environment"]
-    about = f"One seed, one thread of {machine['processor']}, torch {machine['torch']}; accuracy or loss on held-out images."
-    return "\n".join([*lines, "", about])
+    about = f"Accuracy or loss on held-out images, one seed, one thread of {machine['processor']}"
+    return "\n".join([*lines, "", f"{about}, torch {machine['torch']}."])
 
 
 WRITERS: Final[dict[str, Callable[[], str]]] = {

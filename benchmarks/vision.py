@@ -3,9 +3,9 @@
     python benchmarks/vision.py                  # about ten minutes on one thread; writes evidence/vision.json
     python benchmarks/vision.py --only digits    # two minutes; replaces the rows whose names hold the word
 
-The rows of `fashion` are the recipes of `recipes/` on Debian's dataset-fashion-mnist; those of `digits` are smaller ones
-on the 8 x 8 digits that scikit-learn ships. Accuracy is that of all held-out images, before the first step and after the
-last; a masked autoencoder has a loss instead. Seconds are those of the steps, by the wall clock, on one thread; the
+The rows of `fashion` are the recipes of `recipes/` on Debian's dataset-fashion-mnist; those of `digits` are smaller,
+on the 8 x 8 digits that scikit-learn ships. Accuracy is that of all held-out images, before the first step and after
+the last; a masked autoencoder has a loss instead. Seconds are those of the steps, by the wall clock, on one thread; the
 processor's seconds, of the whole run with its validations, tell how much of that was waiting for other processes.
 """
 

@@ -70,5 +70,6 @@ def export(place: str | Path, out: str | Path) -> Path:
     from scrimp.models.hub import write
 
     run = open_run(place, corpus=False)
-    write(out, configured(run.recipe, run.data), exported(run), run.data.tokenizer)
+    prepares = getattr(run.data, "processor", None) or run.data.tokenizer
+    write(out, configured(run.recipe, run.data), exported(run), prepares)
     return Path(out)

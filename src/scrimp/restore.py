@@ -49,7 +49,8 @@ def adopted(weights: dict[str, Tensor], given: Any, config: Any, where: str) -> 
     """A model's weights as another one with the same body takes them, such as a pre-trained one with a new head.
 
     Kinds of models name in `outer` what stands outside the body: what only one of the two has, or has in other shapes,
-    is left out and told on stderr. `adopt` of the options changes what depends on sizes, such as positions.
+    is left out or begins anew, and is told on stderr. `adopt` of the options changes what depends on sizes, such as
+    positions.
 
     Args:
         given: options of the model whose weights they are.
@@ -62,9 +63,13 @@ def adopted(weights: dict[str, Tensor], given: Any, config: Any, where: str) -> 
     with on_meta(torch.float32):
         shapes = {name: p.shape for name, p in config.build().named_parameters()} if outer else {}
     left = [name for name, t in weights.items() if name.startswith(outer) and shapes.get(name) != t.shape]
-    if left:
-        sys.stderr.write(f"scrimp: not taken over from {where}: {', '.join(left[:8])}{', ...' * (len(left) > 8)}\n")
-    return {name: t for name, t in weights.items() if name not in left}
+    taken = {name: t for name, t in weights.items() if name not in left}
+    anew = [name for name in shapes if name.startswith(outer) and name not in taken]
+    for names, what in ((left, f"not taken over from {where}"), (anew, "begins anew")):
+        parts = [f"{part}* ({n})" for part in dict.fromkeys(outer) if (n := sum(x.startswith(part) for x in names))]
+        if parts:
+            sys.stderr.write(f"scrimp: {what}: {', '.join(parts)}\n")
+    return taken
 
 
 def whole(recipe: Recipe, data: Any, state: State, meta: dict[str, Any]) -> State:

@@ -178,6 +178,13 @@ def test_the_encoder_is_fine_tuned_and_the_decoder_stays_behind(
     assert 0 <= after.validation["accuracy"] <= 1
 
 
+def test_digits_are_learned(digits: dict[str, Any], tmp_path: Path) -> None:
+    model = {"name": "vision", **TRUNK, "width": 64, "heads": 4, "pooling": "mean", "init_std": 0.1}
+    made = recipe_of(digits, model, "classify", tmp_path, duration="60 step", batch=64)
+    result = train(made, save=False)
+    assert result.validation["accuracy"] > 0.6  # chance is 0.1
+
+
 @pytest.mark.parametrize(
     ("model", "task", "said"),
     [

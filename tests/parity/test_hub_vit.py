@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from scrimp.data.pixels import Processor
 from scrimp.errors import UserError
 from scrimp.models import hub, hub_vit
 from scrimp.models.masked_autoencoder import MaskedAutoencoderConfig
@@ -112,6 +113,18 @@ def test_our_own_models_load_in_transformers(config: Any, tmp_path: Path) -> Non
     initialize(model, 0)
     hub.write(tmp_path / "out", config, named(model))
     assert difference(reopened(tmp_path / "out"), model) < 1e-5
+
+
+def test_classes_and_normalization_come_along(tmp_path: Path) -> None:
+    config = VisionConfig(**OURS, head="classes", classes=2)
+    model = config.build()
+    initialize(model, 0)
+    hub.write(tmp_path / "out", config, named(model), Processor(12, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), ("cat", "dog")))
+    assert reopened(tmp_path / "out").config.id2label == {0: "cat", 1: "dog"}
+    said = json.loads((tmp_path / "out/preprocessor_config.json").read_text())
+    assert said["size"] == {"height": 12, "width": 12} and said["image_mean"] == [0.5, 0.4, 0.3]
+    hub.write(tmp_path / "out", config, named(model))  # ours to replace
+    assert not (tmp_path / "out/preprocessor_config.json").exists()
 
 
 def test_the_loss_is_that_of_transformers() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import located
 from scrimp.data.pictures import Label, Raw, Source, UnreadableError, decoded, find, sources
-from scrimp.data.pixels import Pixels
+from scrimp.data.pixels import Pixels, Processor
 from scrimp.errors import UserError
 
 FORMAT: Final = 1
@@ -35,6 +35,11 @@ class Images:
     skipped: how many could not be read, and the first of them; key: of the content; files: sizes in bytes."""
     note: str = ""
     tokenizer: None = None
+
+    @property
+    def processor(self) -> Processor:
+        """What an exported model's user needs to know of the images."""
+        return Processor(self.train.image, self.train.mean, self.train.std, tuple(self.meta["classes"] or ()))
 
     @property
     def gives(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,6 +75,25 @@ class Pixels:
         scale, shift = 1 / (255 * std), np.array(self.mean, np.float32) / std
         images = pixels.astype(np.float32) * scale[:, None, None] - shift[:, None, None]
         return {"images": images} | ({"labels": np.array(self._labels[ids])} if self.labeled else {})
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What another library needs to know to give a model its images: written beside the model."""
+
+    image: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    """Names of the classes; empty without labels."""
+
+    def save(self, folder: Path) -> None:
+        """Write preprocessor_config.json, which transformers' ViTImageProcessor loads."""
+        side = {"height": self.image, "width": self.image}
+        said = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": side, "resample": 3,
+                "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(self.mean),
+                "image_std": list(self.std)}  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def changed(pixels: np.ndarray, sample: np.ndarray, crop: int, flip: bool) -> np.ndarray:

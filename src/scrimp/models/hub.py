@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -63,12 +62,7 @@ def own_config(folder: str | Path, config: Any) -> Any:
     An image model may get another head, another size of images, or be the encoder of a masked autoencoder.
     """
     family, _ = _family(Path(folder))
-    if family not in VISION:
-        return config
-    own = hub_vit.CONFIGS[family](**read_config(folder))
-    if getattr(own, "pooler", False):  # config.json does not say whether it was saved with one
-        own = replace(own, pooler=any(name.endswith("pooler.dense.weight") for name in _open(Path(folder))))
-    return own
+    return hub_vit.own(family, read_config(folder), _open(Path(folder))) if family in VISION else config
 
 
 def read_weights(folder: str | Path, config: Any) -> dict[str, Tensor]:
@@ -129,7 +123,8 @@ def write(
 
     Args:
         named: weights under our names; a tied head may be absent.
-        tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None.
+        tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None. Of an image model,
+            what prepares its images, with the names of its `classes`.
         family: which one, where several can hold the model; chosen from the options when empty.
         shard_bytes: largest file, unless a single tensor is larger.
     Raises:
@@ -146,10 +141,8 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _save(partial, theirs, shard_bytes)
-        if vision:
-            raw = hub_vit.options_to(family, config)
-        else:
-            raw = options_to(family, config) | _special(partial, config, tokenizer)
+        raw = _special(partial, config, tokenizer)
+        raw = hub_vit.options_to(family, config, tokenizer) if vision else options_to(family, config) | raw
         dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
         files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
         # Before 4.56, transformers called the type torch_dtype.

@@ -8,7 +8,8 @@ that keeps q, k and v apart in memory still writes them so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -95,13 +96,29 @@ def _side(raw: Mapping[str, Any], key: str, where: str) -> int:
     return int(sides.pop())
 
 
-def options_to(family: str, c: PatchConfig) -> dict[str, Any]:
-    """Our options -> config.json. Whether targets are normalized is a matter of the task, and not said."""
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
+def own(family: str, options: Mapping[str, Any], held: Iterable[str]) -> Any:
+    """The options of a folder's model; only its tensors say whether a base model was saved with its pooler.
+
+    Args:
+        options: as `options_from` reads them. held: names of the folder's tensors.
+    """
+    found = CONFIGS[family](**options)
+    if getattr(found, "pooler", False):
+        found = replace(found, pooler=any(name.endswith("pooler.dense.weight") for name in held))
+    return found
+
+
+def options_to(family: str, c: PatchConfig, data: Any = None) -> dict[str, Any]:
+    """Our options -> config.json. Whether targets are normalized is a matter of the task, and not said.
+
+    Args:
+        data: with the names of its `classes`, if they have any.
+    """
+    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
     raw: dict[str, Any] = {
         "model_type": family, "image_size": c.image, "patch_size": c.patch, "num_channels": c.channels,
         "num_hidden_layers": c.layers, "hidden_size": c.width, "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp, "layer_norm_eps": c.norm_eps, "hidden_act": names[c.activation],
+        "intermediate_size": c.mlp, "layer_norm_eps": c.norm_eps, "hidden_act": activations[c.activation],
         "qkv_bias": c.qkv_bias is not False, "initializer_range": c.init_std, "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
@@ -113,7 +130,9 @@ def options_to(family: str, c: PatchConfig) -> dict[str, Any]:
         }  # fmt: skip
     assert isinstance(c, VisionConfig)
     if c.head == "classes":
-        labels = {str(i): f"LABEL_{i}" for i in range(c.classes)}
+        classes: Sequence[str] = getattr(data, "classes", ())
+        names = classes if len(classes) == c.classes else [f"LABEL_{i}" for i in range(c.classes)]
+        labels = {str(i): name for i, name in enumerate(names)}
         more = {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
         return raw | {"architectures": ["ViTForImageClassification"], **more}
     return raw | {"architectures": ["ViTModel"]}
