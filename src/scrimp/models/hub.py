@@ -75,9 +75,8 @@ def read_weights(folder: str | Path, config: Any) -> dict[str, Tensor]:
     """
     folder = Path(folder)
     model_type, _ = _family(folder)
-    vision = model_type in VISION
-    family = VISION[model_type] if vision else FAMILIES[model_type]
-    expected = (hub_vit.tensors if vision else tensors)(model_type, config)
+    family = (FAMILIES | VISION)[model_type]
+    expected = (hub_vit.tensors if model_type in VISION else tensors)(model_type, config)
     held = _open(folder)
     # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
     root = "" if any(name.startswith(family.root) for name in held) else family.root
@@ -134,15 +133,15 @@ def write(
     folder = Path(folder).resolve()
     vision = isinstance(config, PatchConfig)
     family = hub_vit.family_of(config, family) if vision else family_of(config, family)
-    theirs = (VISION if vision else FAMILIES)[family].write(_checked(config, named, folder), config)
+    theirs = (FAMILIES | VISION)[family].write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _save(partial, theirs, shard_bytes)
-        raw = _special(partial, config, tokenizer)
-        raw = hub_vit.options_to(family, config, tokenizer) if vision else options_to(family, config) | raw
+        special = _special(partial, config, tokenizer)
+        raw = hub_vit.options_to(family, config, tokenizer) if vision else options_to(family, config) | special
         dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
         files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
         # Before 4.56, transformers called the type torch_dtype.
