@@ -109,6 +109,8 @@ def row(name: str, recipe: Recipe, start: Path | None = None) -> dict[str, Any]:
     began = time.process_time()
     result = train(recipe, start=start, observe=see)
     spent = time.process_time() - began
+    if result.reason != "finished":
+        raise SystemExit(f"{name} was {result.reason}: its row is not written.")
     found = {
         "recipe": recipe.dump(),
         "from": start.name if start else None,
