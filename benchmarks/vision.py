@@ -96,7 +96,7 @@ def digits(folder: Path) -> dict[str, tuple[Recipe, Path | None]]:
 
 
 def row(name: str, recipe: Recipe, start: Path | None = None) -> dict[str, Any]:
-    """One run: held-out scores before and after, steps, seconds, memory."""
+    """One run: held-out scores before and after, steps, seconds."""
     seconds: list[float] = []
     before: dict[str, float] = {}
 
