@@ -74,11 +74,15 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-def part_keys(key: str) -> str:
-    """Every setting of our own model, task or data set."""
+def part_keys(key: str, name: str = "") -> str:
+    """Every setting of our own model, task or data set: of the one that is so called, or of the usual one."""
+    from scrimp.recipe import GROUPS
+    from scrimp.registry import BUILT_IN
     from scrimp.schema import schema
 
-    found = schema()["properties"][key]["anyOf"][1]["properties"]
+    known = list(BUILT_IN[GROUPS[key]])
+    place = 1 + (known.index(name) if name else 0)
+    found = schema()["properties"][key]["anyOf"][place]["properties"]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
 
 
@@ -209,12 +213,14 @@ def thrifty() -> str:
         tokens = seeds[0].get("tokens") or seeds[0]["curve"][-1][0]
         lines.append(f"| {name} | {tokens:,} | {loss:.3f} ({low:.3f} - {high:.3f}) | {bits:.3f} | {seconds:.0f} "
                      f"| {memory / 1e6:.0f} MB |")  # fmt: skip
-    ratio = found["ratio"]
+    ratio, live = found["ratio"], found["live_bytes"]
     lines += [
         "",
         f"{len(found['base'])} seeds each. The recipe takes {1 / ratio['seconds']:.2f} of the time "
-        f"({ratio['seconds']:.1f} times sooner) and {ratio['process']:.2f} of the process's peak memory; of what "
-        f"lies beyond an idle torch process ({found['idle_bytes'] / 1e6:.0f} MB), {ratio['beyond_idle']:.2f}.",
+        f"({ratio['seconds']:.1f} times sooner). Its live tensors take {ratio['live']:.2f} of the memory "
+        f"({live['thrifty'] / 1e6:.0f} of {live['loop'] / 1e6:.0f} MB). Its process takes {ratio['process']:.2f}, most "
+        f"of which is torch itself: an idle process has {found['idle_bytes'] / 1e6:.0f} MB, and of what lies beyond "
+        f"it takes {ratio['beyond_idle']:.2f}.",
     ]
     own = found["thrifty"][0]
     lines += ["", "| left out | held-out loss | seconds | peak memory |", "|---|---|---|---|"]
@@ -223,12 +229,33 @@ def thrifty() -> str:
     return "\n".join([*lines, "", "One seed each, with the same tokens."])
 
 
+def vision() -> str:
+    """What `benchmarks/vision.py` measured."""
+    lines = [
+        "| run | weights | before | after | steps | images | seconds | of the processor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = evidence("vision")["rows"]
+    for name, row in rows.items():
+        before, after = (f"{100 * x['accuracy']:.1f} %" if "accuracy" in x else f"loss {x['loss']:.3f}"
+                         for x in (row["before"], row["after"]))  # fmt: skip
+        seconds = f"{row['seconds']:.0f} | {row['processor_seconds']:.0f}"
+        lines.append(f"| {name} | {row['parameters']:,} | {before} | {after} | {row['steps']} | {row['images']:,} "
+                     f"| {seconds} |")  # fmt: skip
+    machine = next(iter(rows.values()))["about"]["environment"]
+    about = f"Accuracy or loss on held-out images, one seed, one thread of {machine['processor']}"
+    return "\n".join([*lines, "", f"{about}, torch {machine['torch']}."])
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
     "catalogue": catalogue, "thrifty": thrifty, "tasks": tasks,
     "instructions": lambda: dataset_keys("instructions"),
     "instruct": instruct,
+    "catalogue": catalogue, "vision-results": vision, "vision": lambda: part_keys("model", "vision"),
+    "masked-autoencoder": lambda: part_keys("model", "masked_autoencoder"),
+    "images": lambda: part_keys("data", "images"), "masked-image": lambda: part_keys("task", "masked-image"),
 }  # fmt: skip
 
 

@@ -52,10 +52,10 @@ def configured(recipe: Recipe, data: Any) -> Any:
 
 
 def prepared(recipe: Recipe, data: Any) -> Any:
-    """The task, with what it needs to know of the data.
+    """The task, with what it needs to know of the data (`prepared`) and of the model's options (`fitted`).
 
     Raises:
-        UserError: if the data do not hold what the task trains on.
+        UserError: if the data do not hold what the task trains on, or the model is none for it.
     """
     task = recipe.task
     needs, gives = getattr(task, "needs", ()), getattr(data, "gives", ("tokens",))
@@ -65,4 +65,6 @@ def prepared(recipe: Recipe, data: Any) -> Any:
         what = f"the task `{name}` needs {' and '.join(lacking)}, and the data `{source}` has {', '.join(gives)}."
         raise UserError(what, "task", "Choose the task or the data set that belongs to the other.")
     prepare = getattr(task, "prepared", None)
-    return task if prepare is None else prepare(data)
+    task = task if prepare is None else prepare(data)
+    fit = getattr(task, "fitted", None)
+    return task if fit is None else fit(configured(recipe, data))

@@ -10,6 +10,7 @@ import torch
 from scrimp.agree import configured
 from scrimp.clock import Clock
 from scrimp.data.chat import prompted
+from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
 from scrimp.products import fast_products
@@ -55,6 +56,8 @@ def continue_text(place: str | Path, prompt: str, tokens: int, temperature: floa
 
     run = open_run(place, corpus=False)
     tokenizer = run.data.tokenizer
+    if tokenizer is None:
+        raise UserError("the run was not trained on text, and writes none.", str(place), "`scrimp eval` measures it.")
     ids = torch.tensor(prompted(tokenizer, prompt), device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)
     assert run.evaluate is not None
@@ -68,5 +71,6 @@ def export(place: str | Path, out: str | Path) -> Path:
     from scrimp.models.hub import write
 
     run = open_run(place, corpus=False)
-    write(out, configured(run.recipe, run.data), exported(run), run.data.tokenizer)
+    prepares = getattr(run.data, "processor", None) or run.data.tokenizer
+    write(out, configured(run.recipe, run.data), exported(run), prepares)
     return Path(out)

@@ -32,7 +32,7 @@ class Progress:
         self.every, self.label = every, label
         self.rate = self.flops = 0.0
         self.tokens, self.seconds, self.weight, self.shown, self.last = 0.0, 0.0, 0.0, 0.0, 0
-        self.end, self.validation = 1, ""
+        self.end, self.validation, self.whole = 1, "", False
         self.folder: Path | None = None
         self.bar: Bar | None = None
         if self.console.is_terminal:
@@ -69,6 +69,8 @@ class Progress:
     def _stage(self, fields: dict[str, Any]) -> None:
         run = fields["run"]
         self.end, self.last = run.clock.end, run.clock.position
+        # An image counts as one token, of which its model makes many: neither word nor share would be right.
+        self.whole = getattr(run.data.train, "context", 0) == 1
         self.flops = flops_per_token(run.model, getattr(getattr(run.model, "config", None), "context", 0))
         self.rate = self.rate or gemm_rate(run.device, precision(run))
         if self.bar is not None:
@@ -84,10 +86,11 @@ class Progress:
         moved = fields["position"] - self.last
         self.last = fields["position"]
         left = (self.end - fields["position"]) / max(moved, 1) * self.seconds / self.weight
+        pace = f"{speed:,.0f} tok/s  {100 * speed * self.flops / self.rate:.0f} % of peak"
+        pace = f"{speed:,.0f} items/s" if self.whole else pace
         text = (
-            f"step {fields['step']}  loss {fields['loss']:.4f}{self.validation}  {speed:,.0f} tok/s"
-            f"  {100 * speed * self.flops / self.rate:.0f} % of peak  {fields['peak_bytes'] / 2**20:,.0f} MiB"
-            f"  {duration(left)} left"
+            f"step {fields['step']}  loss {fields['loss']:.4f}{self.validation}  {pace}"
+            f"  {fields['peak_bytes'] / 2**20:,.0f} MiB  {duration(left)} left"
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=fields["position"], text=text)

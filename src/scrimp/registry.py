@@ -22,11 +22,20 @@ from scrimp.technique import SLOTS, Card, Technique
 
 HERE = Path(__file__).parent / "techniques"
 BUILT_IN = {
-    "models": {"transformer": "scrimp.models.transformer:TransformerConfig"},
-    "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
+    "models": {
+        "transformer": "scrimp.models.transformer:TransformerConfig",
+        "vision": "scrimp.models.vision:VisionConfig",
+        "masked_autoencoder": "scrimp.models.masked_autoencoder:MaskedAutoencoderConfig",
+    },
+    "tasks": {
+        "causal-lm": "scrimp.tasks.causal_lm:CausalLM",
+        "classify": "scrimp.tasks.classify:Classify",
+        "masked-image": "scrimp.tasks.masked_image:MaskedImage",
+    },
     "datasets": {
         "text": "scrimp.data.text:TextData",
         "instructions": "scrimp.data.instructions:InstructionData",
+        "images": "scrimp.data.images:ImageData",
     },
 }
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from scrimp import checkpoint
 from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.weights import on_meta
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from scrimp.recipe import Recipe
     from scrimp.technique import State
 
@@ -24,16 +30,46 @@ def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | No
     """
     if start:
         _, origin, state, meta = RunFolder.reopen(start)
-        return {"model": whole(origin, data, state, meta)["model"]}
+        given = dict(whole(origin, data, state, meta)["model"])
+        return {"model": adopted(given, origin.model, configured(recipe, data), start)}
     source = getattr(recipe.model, "source", "")
     if source:
-        from scrimp.models.hub import read_weights
+        from scrimp.models.hub import own_config, read_weights
 
-        return {"model": read_weights(source, configured(recipe, data))}
+        config = configured(recipe, data)
+        given = own_config(source, config)
+        return {"model": adopted(read_weights(source, given), given, config, source)}
     if recipe.checkpoint.adapter_only:
         fix = "Start from a folder (`model.from`) or a run (--from), or set it to false."
         raise UserError("the frozen weights could not be read again.", "checkpoint.adapter_only", fix)
     return None
+
+
+def adopted(weights: dict[str, Tensor], given: Any, config: Any, where: str) -> dict[str, Tensor]:
+    """A model's weights as another one with the same body takes them, such as a pre-trained one with a new head.
+
+    Kinds of models name in `outer` what stands outside the body: what only one of the two has, or has in other shapes,
+    is left out or begins anew, and is told on stderr. `adopt` of the options changes what depends on sizes, such as
+    positions.
+
+    Args:
+        given: options of the model whose weights they are.
+        config: options of the model that takes them.
+        where: the run or folder, for what is told.
+    """
+    adopt = getattr(config, "adopt", None)
+    weights = weights if adopt is None else adopt(weights)
+    outer = (*getattr(given, "outer", ()), *getattr(config, "outer", ()))
+    with on_meta(torch.float32):
+        shapes = {name: p.shape for name, p in config.build().named_parameters()} if outer else {}
+    left = [name for name, t in weights.items() if name.startswith(outer) and shapes.get(name) != t.shape]
+    taken = {name: t for name, t in weights.items() if name not in left}
+    anew = [name for name in shapes if name.startswith(outer) and name not in taken]
+    for names, what in ((left, f"not taken over from {where}"), (anew, "begins anew")):
+        parts = [f"{part}* ({n})" for part in dict.fromkeys(outer) if (n := sum(x.startswith(part) for x in names))]
+        if parts:
+            sys.stderr.write(f"scrimp: {what}: {', '.join(parts)}\n")
+    return taken
 
 
 def whole(recipe: Recipe, data: Any, state: State, meta: dict[str, Any]) -> State:

@@ -140,7 +140,8 @@ def build(
     run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
     run.decisions, run.task = dict(decisions or {}), prepared(recipe, data)
     with on_meta(getattr(torch, recipe.dtype)):
-        model = configured(recipe, data).build()
+        config = configured(recipe, data)
+        model = config.build()
         run.base = frozenset(name for name, _ in model.named_parameters())
         run.model = model
         check_needs(model, run)
@@ -151,7 +152,10 @@ def build(
     run.model = run.fold("init", run.model)
     state = run.fold("carry", last if last is not None else source or {})
     if "model" in state:
-        load_weights(run.model, state["model"], lambda name: last is not None or name in run.base)
+        # What stands outside a body may be new: a pre-trained model gets another head.
+        outer = getattr(config, "outer", ())
+        inner = {name for name in run.base if not name.startswith(tuple(outer))}
+        load_weights(run.model, state["model"], lambda name: last is not None or name in inner)
     run.optimizer = make_optimizer(run)
     run.factor = run.fold("schedule", constant)
     run.index = run.fold("items", np.arange(len(data.train)))

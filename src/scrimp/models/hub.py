@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json and safetensors, sharded too, without importing transformers.
 
 Families: GPT-2, Llama, Mistral, Qwen2, Qwen3. `hub_config.py` says how each calls its options, `hub_names.py` how it
-calls its tensors.
+calls its tensors. ViT and ViTMAE are in `hub_vit.py`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from torch import Tensor
 from scrimp.checkpoint import save_tensors
 from scrimp.data.tokenizer import begin_texts
 from scrimp.errors import UserError, did_you_mean
+from scrimp.models import hub_vit
 from scrimp.models.hub_config import family_of, options_from, options_to
-from scrimp.models.hub_names import FAMILIES, tensors
+from scrimp.models.hub_names import FAMILIES, Family, tensors
+from scrimp.models.patches import PatchConfig
 
 if TYPE_CHECKING:
-    from scrimp.models.transformer import Transformer, TransformerConfig
+    from scrimp.models.transformer import TransformerConfig
 
 MARK: Final = "scrimp"
 """Key of config.json that lists the files of a folder that we wrote, so that it may be written again."""
 HEAD: Final = "lm_head.weight"
 INDEX: Final = "model.safetensors.index.json"
+VISION: Final = {name: Family("vit.", hub_vit.read, hub_vit.write) for name in hub_vit.KINDS}
 BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Endings of what older versions saved beside the weights."""
 
@@ -39,7 +42,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if there is no config.json, or it asks for something the Transformer does not do.
     """
-    return options_from(*_family(Path(folder)), f"{folder}/config.json")
+    family, raw = _family(Path(folder))
+    read = hub_vit.options_from if family in VISION else options_from
+    return read(family, raw, f"{folder}/config.json")
 
 
 def read_kind(folder: str | Path) -> str:
@@ -48,11 +53,19 @@ def read_kind(folder: str | Path) -> str:
     Raises:
         UserError: if there is no config.json, or of a type that cannot be read.
     """
-    _family(Path(folder))
-    return "transformer"
+    return hub_vit.KINDS.get(_family(Path(folder))[0], "transformer")
 
 
-def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
+def own_config(folder: str | Path, config: Any) -> Any:
+    """The options of a folder's own model, where it may differ from the one that takes its weights; else the latter's.
+
+    An image model may get another head, another size of images, or be the encoder of a masked autoencoder.
+    """
+    family, _ = _family(Path(folder))
+    return hub_vit.own(family, read_config(folder), _open(Path(folder))) if family in VISION else config
+
+
+def read_weights(folder: str | Path, config: Any) -> dict[str, Tensor]:
     """A folder's weights under our names, in the types of its files and memory-mapped until they are used.
 
     Only the fused q, k and v are copied. A tied head is left out.
@@ -62,29 +75,30 @@ def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Ten
     """
     folder = Path(folder)
     model_type, _ = _family(folder)
-    family, expected = FAMILIES[model_type], tensors(model_type, config)
+    family = (FAMILIES | VISION)[model_type]
+    expected = (hub_vit.tensors if model_type in VISION else tensors)(model_type, config)
     held = _open(folder)
     # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
     root = "" if any(name.startswith(family.root) for name in held) else family.root
-    wanted = {name.removeprefix(root): shape for name, shape in expected.items()}
-    head = held.pop(HEAD, None) if config.tied else None
+    wanted = {hub_vit.spelled(name.removeprefix(root), held): shape for name, shape in expected.items()}
+    head = held.pop(HEAD, None) if getattr(config, "tied", False) else None
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
     faults = _misfit(wanted, shapes)
     if faults:
         raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
-    full = {name: name if name == HEAD else root + name for name in wanted}
-    weights = family.read({full[name]: held[name].get_tensor(name) for name in wanted}, config)
+    given = {full: held[name].get_tensor(name) for name, full in zip(wanted, expected, strict=True)}
+    weights = family.read(given, config)
     if head is not None and not torch.equal(head.get_tensor(HEAD), weights["embed.weight"]):
         fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
         raise UserError(f"{HEAD} differs from the embedding, to which config.json ties it.", str(folder), fix)
     return weights
 
 
-def loaded(folder: str | Path) -> Transformer:
+def loaded(folder: str | Path) -> Any:
     """A folder's model with its weights, in float32, for use outside a run."""
     from scrimp.models.transformer import TransformerConfig
 
-    config = TransformerConfig(**read_config(folder))
+    config = own_config(folder, None) or TransformerConfig(**read_config(folder))
     model = config.build()
     weights = read_weights(folder, config)
     with torch.no_grad():
@@ -95,7 +109,7 @@ def loaded(folder: str | Path) -> Transformer:
 
 def write(
     folder: str | Path,
-    config: TransformerConfig,
+    config: Any,
     named: Mapping[str, Tensor],
     tokenizer: Any = None,
     family: str = "",
@@ -108,7 +122,8 @@ def write(
 
     Args:
         named: weights under our names; a tied head may be absent.
-        tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None.
+        tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None. Of an image model,
+            what prepares its images, with the names of its `classes`.
         family: which one, where several can hold the model; chosen from the options when empty.
         shard_bytes: largest file, unless a single tensor is larger.
     Raises:
@@ -116,15 +131,17 @@ def write(
             or it cannot be written.
     """
     folder = Path(folder).resolve()
-    family = family_of(config, family)
-    theirs = FAMILIES[family].write(_checked(config, named, folder), config)
+    vision = isinstance(config, PatchConfig)
+    family = hub_vit.family_of(config, family) if vision else family_of(config, family)
+    theirs = (FAMILIES | VISION)[family].write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _save(partial, theirs, shard_bytes)
-        raw = options_to(family, config) | _special(partial, config, tokenizer)
+        special = _special(partial, config, tokenizer)
+        raw = hub_vit.options_to(family, config, tokenizer) if vision else options_to(family, config) | special
         dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
         files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
         # Before 4.56, transformers called the type torch_dtype.
@@ -143,8 +160,9 @@ def _family(folder: Path) -> tuple[str, dict[str, Any]]:
         raise UserError("there is no config.json.", str(folder), "Give a Hugging Face model folder.")
     raw = _read_json(path)
     family = str(raw.get("model_type"))
-    if family not in FAMILIES:
-        raise UserError(f"models of type `{family}` cannot be read.", str(path), did_you_mean(family, FAMILIES))
+    if family not in FAMILIES | VISION:
+        fix = did_you_mean(family, FAMILIES | VISION)
+        raise UserError(f"models of type `{family}` cannot be read.", str(path), fix)
     return family, raw
 
 
@@ -194,10 +212,11 @@ def _misfit(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int
     return "; ".join(parts)
 
 
-def _checked(config: TransformerConfig, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _checked(config: Any, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The weights, if they are exactly the model's; a tied head that equals the embedding is dropped."""
     ours = {name: tensor.detach() for name, tensor in named.items()}
-    if config.tied and "head.weight" in ours and torch.equal(ours["head.weight"], ours["embed.weight"]):
+    tied = getattr(config, "tied", False) and "head.weight" in ours
+    if tied and torch.equal(ours["head.weight"], ours["embed.weight"]):
         del ours["head.weight"]
     with torch.device("meta"):
         wanted = {name: tuple(p.shape) for name, p in config.build().named_parameters()}

@@ -13,6 +13,13 @@ LLAMA: Final[dict[str, Any]] = {
 
 GPT2: Final[dict[str, Any]] = {"vocab": 50257, "context": 1024, "activation": "gelu_tanh"}
 
+VIT: Final[dict[str, Any]] = {"patch": 16, "norm_eps": 1e-6}
+SMALL_VIT: Final[dict[str, Any]] = {"layers": 6, "width": 128, "heads": 4, "patch": 4, "init_std": 0.1}
+"""For images of 28 or 32 pixels. First weights are about 1 / sqrt(width), as ViT draws them; 0.02 suits wide models."""
+TINY: Final[dict[str, Any]] = {"layers": 12, "width": 192, "heads": 3, **VIT}
+SMALL: Final[dict[str, Any]] = {"layers": 12, "width": 384, "heads": 6, **VIT}
+BASE: Final[dict[str, Any]] = {"layers": 12, "width": 768, "heads": 12, **VIT}
+
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "gpt-1m": {"layers": 4, "width": 128, "heads": 4},
     "gpt-4m": {"layers": 4, "width": 256, "heads": 4},
@@ -29,9 +36,19 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
                    "context": 2048, **LLAMA},
     "llama3-8b": {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14336, "vocab": 128256,
                   "context": 8192, "rope_base": 500000.0, **LLAMA},
+    "vit-1m": SMALL_VIT,
+    "vit-tiny": TINY,
+    "vit-small": SMALL,
+    "vit-base": BASE,
+    "deit-tiny": TINY,
+    "mae-1m": {**SMALL_VIT, "positions": "sincos", "decoder_layers": 2, "decoder_width": 64, "decoder_heads": 4},
+    "mae-base": {**BASE, "positions": "sincos", "decoder_layers": 8, "decoder_width": 512, "decoder_heads": 16},
 }  # fmt: skip
 
-KINDS: Final[dict[str, str]] = {}
+KINDS: Final[dict[str, str]] = {
+    **dict.fromkeys(("vit-1m", "vit-tiny", "vit-small", "vit-base", "deit-tiny"), "vision"),
+    **dict.fromkeys(("mae-1m", "mae-base"), "masked_autoencoder"),
+}
 """preset -> the name of its model, where that is not `transformer`."""
 
 

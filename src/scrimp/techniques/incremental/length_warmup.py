@@ -65,7 +65,7 @@ class LengthWarmup(Technique):
     def batch(self, batch: Callable[[int], Batch], run: Run) -> Callable[[int], Batch]:
         """Truncate what has the context's length."""
         context = getattr(run.data.train, "context", 0)
-        if not context:
+        if context < 2:
             raise UserError("the data has no sequences to shorten.", run.where(self), "Drop it.")
         share = self.start + (1 - self.start) * run.clock.passed(self.stages()) / self.levels
         length = min(context, -(-round(share * context) // self.multiple) * self.multiple)
