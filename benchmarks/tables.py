@@ -253,7 +253,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     "catalogue": catalogue, "thrifty": thrifty, "tasks": tasks,
     "instructions": lambda: dataset_keys("instructions"),
     "instruct": instruct,
-    "catalogue": catalogue, "vision-results": vision, "vision": lambda: part_keys("model", "vision"),
+    "vision-results": vision, "vision": lambda: part_keys("model", "vision"),
     "masked-autoencoder": lambda: part_keys("model", "masked_autoencoder"),
     "images": lambda: part_keys("data", "images"), "masked-image": lambda: part_keys("task", "masked-image"),
 }  # fmt: skip
