@@ -37,7 +37,9 @@ def demo() -> str:
             f"| {row['tokens']:,} | {row['tokens_per_second']:,.0f} | {row['peak_bytes'] / 2**20:,.0f} MiB |"
         )
     machine = f"{found['environment']['processor']}, {found['environment']['threads']} threads"
-    return "\n".join([*lines, "", f"One run of `scrimp demo` on {machine}, torch {found['environment']['torch']}."])
+    return "\n".join(
+        [*lines, "", f"One run of `scrimp demo` on {machine}, torch {found['environment']['torch']}, one seed."]
+    )
 
 
 def peers(workload: str) -> str:
@@ -203,6 +205,8 @@ def tasks() -> str:
 
 def thrifty() -> str:
     """What the thrifty recipe reached, and what its parts did."""
+    from scrimp.significance import paired
+
     found = evidence("thrifty")
     runs = {"AdamW loop": found["base"], "thrifty recipe": found["thrifty"]}
     lines = ["| | tokens | held-out loss | bits a byte | seconds | peak memory |", "|---|---|---|---|---|---|"]
@@ -213,10 +217,15 @@ def thrifty() -> str:
         tokens = seeds[0].get("tokens") or seeds[0]["curve"][-1][0]
         lines.append(f"| {name} | {tokens:,} | {loss:.3f} ({low:.3f} - {high:.3f}) | {bits:.3f} | {seconds:.0f} "
                      f"| {memory / 1e6:.0f} MB |")  # fmt: skip
-    ratio, live = found["ratio"], found["live_bytes"]
+    ratio, live, machine = found["ratio"], found["live_bytes"], found["environment"]
+    off = paired(*([run["loss"] for run in found[side]] for side in ("thrifty", "base")))
     lines += [
         "",
-        f"{len(found['base'])} seeds each. The recipe takes {1 / ratio['seconds']:.2f} of the time "
+        f"{len(found['base'])} seeds each, {machine['processor']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, "
+        f"bfloat16 products, SCRIMP_ALLOCATOR=default. Paired, the losses differ by {off.mean:+.3f} "
+        f"[{off.low:+.3f}, {off.high:+.3f}]{'' if off.seen else ': no difference seen'}. "
+        f"The recipe takes {1 / ratio['seconds']:.2f} of the time "
         f"({ratio['seconds']:.1f} times sooner). Its live tensors take {ratio['live']:.2f} of the memory "
         f"({live['thrifty'] / 1e6:.0f} of {live['loop'] / 1e6:.0f} MB). Its process takes {ratio['process']:.2f}, most "
         f"of which is torch itself: an idle process has {found['idle_bytes'] / 1e6:.0f} MB, and of what lies beyond "

@@ -46,8 +46,9 @@ def configured(recipe: Recipe, data: Any) -> Any:
     if wanted and "head" not in known:
         what = f"the task `{component_name('tasks', recipe.task)}` needs a model with a head `{wanted}`."
         raise UserError(what, "model", f"`{component_name('models', config)}` has none to choose.")
-    if wanted and config.head not in ("", wanted):
-        raise UserError(f"the task needs `{wanted}`, not `{config.head}`.", "model.head", "Leave it out.")
+    own = getattr(config, "head", "")
+    if wanted and own not in ("", wanted):
+        raise UserError(f"the task needs `{wanted}`, not `{own}`.", "model.head", "Leave it out.")
     return replace(config, head=wanted) if wanted else config
 
 

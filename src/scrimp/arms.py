@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from scrimp.arrange import clash
-from scrimp.errors import UserError
+from scrimp.errors import UserError, did_you_mean
 from scrimp.registry import catalogue, technique_class
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ def in_question(recipe: Recipe, named: Sequence[str] = (), everything: bool = Fa
     own = {t.name: t for t in recipe.techniques}
     if everything:
         named = [name for name in catalogue() if not (name in own and set(own[name].card.sets) & BASIS)]
+    for name in named:
+        if name in own and set(own[name].card.sets) & {"update rule"}:
+            raise UserError(
+                f"`{name}` is the baseline's own update rule.", "--with", "Leave it out, or change the recipe."
+            )
     if named:
         return [own[name] if name in own else technique_class(name)() for name in dict.fromkeys(named)]
     found = [t for t in recipe.techniques if not set(t.card.sets) & BASIS]
@@ -65,6 +70,9 @@ def arms(
         sets: further sets of their names.
         kinds: which of `KINDS` to make.
     """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UserError(f"there is no kind of arms `{unknown[0]}`.", "--kinds", did_you_mean(unknown[0], KINDS))
     names = {t.name for t in techniques}
     base = replace(recipe, techniques=tuple(t for t in recipe.techniques if t.name not in names or _rule(t)))
     found, left_out = [Arm("baseline", "baseline", base)], dict[str, str]()

@@ -120,7 +120,7 @@ def compare(
     kinds: Annotated[str, typer.Option(help="Of alone, all, without, set.")] = "alone,all,without,set",
     seeds: Annotated[int, typer.Option(help="Runs of each arm.", min=1)] = 3,
     rates: Annotated[str, typer.Option("--lrs", help="Factors of the learning rate, tried by every arm.")] = "1",
-    same_time: Annotated[bool, typer.Option("--same-time", help="Budget of time instead of steps.")] = False,
+    same_time: Annotated[bool, typer.Option("--same-time", help="Give every arm the baseline's seconds.")] = False,
     until_loss: Annotated[float | None, typer.Option(help="Tell time and tokens to this loss.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; a finished run in it is never repeated.")] = None,
 ) -> None:
@@ -276,7 +276,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Steps of the plain run; 0 chooses for this machine.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder of the runs and the plot.")] = Path("runs/demo"),
 ) -> None:
-    """Train a small GPT twice, plainly and thriftily, and compare. At most five minutes on two cores."""
+    """Train a small GPT twice, plainly and thriftily, and compare. Slower machines take fewer steps."""
     within("--steps", steps, "0 chooses for this machine.")
     from scrimp.demo import demo as run
 

@@ -31,7 +31,8 @@ def row(arm: dict[str, Any], base: dict[str, Any]) -> str:
     width = f" ± {half:.4f}" if half is not None else ""
     aim = base["summary"]["seconds_to_baseline"]
     reached = measured["seconds_to_baseline"]
-    speed = f"{reached:.0f} s ({reached / aim:.2f} x)" if reached is not None and aim else "not reached"
+    ratio = f" ({reached / aim:.2f} x)" if reached is not None and aim else ""
+    speed = f"{reached:.0f} s{ratio}" if reached is not None else "not reached"
     rate = f", lr x{arm['lr']:g}" if arm["lr"] != 1.0 else ""
     return (
         f"{arm['name'][:27]:28}{planned['memory'] / base['planned']['memory']:8.2f}"

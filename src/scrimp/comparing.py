@@ -61,7 +61,7 @@ class Comparison:
         """All cells that are missing, then `comparison.json`.
 
         Raises:
-            UserError: if an arm's run fails, with its last words.
+            UserError: if the baseline fails, with its last words. Other arms that fail are left out.
         """
         (self.folder / "cells").mkdir(parents=True, exist_ok=True)
         self.data = self.arms[0].recipe.data.open()
@@ -69,7 +69,13 @@ class Comparison:
         rows: list[dict[str, Any]] = []
         for i, arm in enumerate(self.arms, 1):
             self.say(f"[{i}/{len(self.arms)}] {arm.name}")
-            rows.append(self._arm(arm))
+            try:
+                rows.append(self._arm(arm))
+            except UserError as error:
+                if arm.kind == "baseline":
+                    raise
+                self.left_out[arm.name] = str(error)
+                self.say(f"    left out: {error}")
         base = rows[0]
         for row in rows:
             row["summary"] = summary(row, base, self.target)
@@ -105,7 +111,7 @@ class Comparison:
 
     def _arm(self, arm: Arm) -> dict[str, Any]:
         recipe = arm.recipe if self.mode == "same-steps" else self._in_same_time(arm)
-        first = [self._cell(arm, recipe, rate, self.seeds[0]) for rate in self.rates]
+        first = self._sweep(arm, recipe)
         best = min(first, key=lambda cell: cell["loss"])
         cells = [best, *(self._cell(arm, recipe, best["lr"], seed) for seed in self.seeds[1:])]
         planned = self.plans[arm.name]
@@ -125,6 +131,22 @@ class Comparison:
             "sweep": [{"lr": cell["lr"], "loss": cell["loss"]} for cell in first],
             "cells": cells,
         }
+
+    def _sweep(self, arm: Arm, recipe: Recipe) -> list[Cell]:
+        """The first seed at every learning rate. One at which it diverges is not chosen.
+
+        Raises:
+            UserError: if it fails at all of them.
+        """
+        cells: list[Cell] = []
+        for rate in self.rates:
+            try:
+                cells.append(self._cell(arm, recipe, rate, self.seeds[0]))
+            except UserError as error:
+                if not cells and rate == self.rates[-1]:
+                    raise
+                self.say(f"    lr x{rate:g} failed: {error}")
+        return cells
 
     def _in_same_time(self, arm: Arm) -> Recipe:
         """The arm's recipe with as many steps as fit into the time of the baseline's."""

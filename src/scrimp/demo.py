@@ -24,7 +24,7 @@ from scrimp.registry import technique_class
 BATCH: Final = 4
 CONTEXT: Final = 256
 STEPS: Final = 440
-"""Of the plain run; two minutes on two cores of 2024."""
+"""Of the plain run; a minute and a half on two threads of an AMD EPYC."""
 SHARE: Final = 0.4
 """Steps of the thrifty run for one of the plain run: with so many it reached the same loss (benchmarks/thrifty)."""
 SECONDS: Final = 200.0
@@ -118,7 +118,7 @@ def demo(out: Path, steps: int = 0) -> None:
 
 
 def _affordable(console: Console) -> int:
-    """How many steps two runs may have so that the whole takes less than five minutes."""
+    """How many steps two runs may have so that the whole aims at less than five minutes."""
     import torch
 
     from scrimp.meter import gemm_rate

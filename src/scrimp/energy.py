@@ -20,8 +20,9 @@ class Energy:
     """
 
     def __init__(self, root: Path = ROOT) -> None:
-        # A package is `intel-rapl:0`; `intel-rapl:0:0` is a part of it, and would be counted twice.
-        self.packages = sorted(p for p in root.glob("*-rapl:*") if p.name.count(":") == 1)
+        # `intel-rapl:0:0` is a part of the package `intel-rapl:0`, and `psys` is the whole platform: both would be
+        # counted twice.
+        self.packages = sorted(p for p in root.glob("*-rapl:*") if p.name.count(":") == 1 and _named(p))
         self.before = self._counters()
 
     def joules(self) -> float | None:
@@ -40,3 +41,11 @@ class Energy:
         except (OSError, ValueError):
             return None
         return [(used, span) for used, span in found] or None
+
+
+def _named(place: Path) -> bool:
+    """Whether a counter is that of a package."""
+    try:
+        return (place / "name").read_text().startswith("package")
+    except OSError:
+        return False

@@ -192,6 +192,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
     save = clock.steps(recipe.checkpoint.every) if Duration.parse(recipe.checkpoint.every).value else 0
     while clock.position < end and not clock.done:
         began = time.perf_counter()
+        session.energy.joules()
         batch = run.batch(clock.step)
         count, tokens = run.task.count(batch), tokens_of(run.task, batch)
         lr = run.set_lr()

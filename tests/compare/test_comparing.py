@@ -51,6 +51,29 @@ def test_the_whole_catalogue_but_the_basis() -> None:
     assert {"lion", "clip", "lora"} <= found
 
 
+def test_the_baselines_rule_and_unknown_kinds() -> None:
+    with pytest.raises(UserError, match="own update rule"):
+        in_question(made(), ["adamw"])
+    with pytest.raises(UserError, match="alone"):
+        arms(made(), in_question(made()), kinds=["alon"])
+
+
+def test_a_rate_that_diverges_is_not_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, _ = arms(made(), in_question(made()), kinds=["alone"])
+    compared = Comparison(tmp_path, found, {}, [0], [1.0, 100.0])
+
+    def cell(arm: Any, recipe: Recipe, rate: float, seed: int, what: str = "cell") -> dict[str, Any]:
+        if rate > 1:
+            raise UserError("the loss is nan.")
+        return {"lr": rate, "loss": 1.0}
+
+    monkeypatch.setattr(compared, "_cell", cell)
+    assert [c["lr"] for c in compared._sweep(found[0], found[0].recipe)] == [1.0]  # pyright: ignore[reportPrivateUsage]
+    compared.rates = [100.0]
+    with pytest.raises(UserError, match="nan"):
+        compared._sweep(found[0], found[0].recipe)  # pyright: ignore[reportPrivateUsage]
+
+
 def test_nothing_to_compare() -> None:
     with pytest.raises(UserError, match="--with"):
         in_question(recipe(example("adamw")))
