@@ -235,7 +235,8 @@ def thrifty() -> str:
     lines += ["", "| left out | held-out loss | seconds | peak memory |", "|---|---|---|---|"]
     for name, run in {"nothing": own, **found["without"]}.items():
         lines.append(f"| {name} | {run['loss']:.3f} | {run['seconds']:.0f} | {run['peak_bytes'] / 1e6:.0f} MB |")
-    return "\n".join([*lines, "", "One seed each, with the same tokens."])
+    about = "One seed each, with as many tokens. Everything: the AdamW loop. Muon: AdamW at the best of three rates."
+    return "\n".join([*lines, "", about])
 
 
 def vision() -> str:

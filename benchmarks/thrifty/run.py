@@ -37,7 +37,6 @@ print(int(held.split()[1]) * 1024)
 SWEEP: Final = ((2, 5e-4), (2, 1e-3), (4, 5e-4), (4, 1e-3), (4, 2e-3), (8, 2e-3), (8, 4e-3))
 """Batch sizes and learning rates of the loop, around the best."""
 INGREDIENTS: Final = {
-    "muon": ["muon=off", "adamw.lr=1e-3"],
     "the embeddings' learning rate": ["groups={}"],
     "autocast": ["autocast=off"],
     "fused_loss": ["fused_loss=off"],
@@ -47,6 +46,9 @@ INGREDIENTS: Final = {
     "decay to zero": ["warmup_cosine.floor=0.1"],
 }
 """Ingredient -> what leaves it out."""
+ADAM: Final = ("muon=off", "groups={}")
+"""What leaves Muon out, together with a rate of its own for AdamW, the best of these."""
+ADAM_RATES: Final = ("5e-4", "1e-3", "2e-3")
 
 
 def kept(out: Path, name: str, command: list[str]) -> dict[str, Any]:
@@ -102,8 +104,11 @@ def main() -> None:
         found = [thrifty(options.out, options.recipe, tokens, seed, []) for seed in seeds]
         if statistics.fmean(r["loss"] for r in found) <= target:
             break
-    without = {name: thrifty(options.out, options.recipe, tokens, 0, more) for name, more in INGREDIENTS.items()}
-    report(options.recipe, sweep, base, found, without)
+    as_short = loop(options.out, tokens, best["batch"], best["lr"], 0)
+    adam = [thrifty(options.out, options.recipe, tokens, 0, [*ADAM, f"adamw.lr={lr}"]) for lr in ADAM_RATES]
+    without = {"muon": min(adam, key=lambda r: r["loss"])}
+    without |= {name: thrifty(options.out, options.recipe, tokens, 0, more) for name, more in INGREDIENTS.items()}
+    report(options.recipe, sweep, base, found, {"everything": as_short, **without})
 
 
 def loop_live(batch: int) -> int:
