@@ -61,6 +61,8 @@ class Progress:
             self.validation = f"  held-out {fields['loss']:.4f}"
             if self.bar is None:
                 self.console.print(f"{self.label}step {fields['step']}{self.validation}", soft_wrap=True)
+        elif event == "note":
+            self.console.print(self.label + fields["text"], soft_wrap=True, markup=False)
         elif event == "checkpoint":
             self.folder = fields["path"].parent.parent
         elif event == "end":

@@ -23,8 +23,14 @@ from scrimp.technique import SLOTS, Card, Technique
 HERE = Path(__file__).parent / "techniques"
 BUILT_IN = {
     "models": {"transformer": "scrimp.models.transformer:TransformerConfig"},
-    "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
-    "datasets": {"text": "scrimp.data.text:TextData"},
+    "tasks": {
+        "causal-lm": "scrimp.tasks.causal_lm:CausalLM",
+        "masked-lm": "scrimp.tasks.masked_lm:MaskedLM",
+        "classify": "scrimp.tasks.classify:Classify",
+        "regress": "scrimp.tasks.regress:Regress",
+        "embed": "scrimp.tasks.embed:Embed",
+    },
+    "datasets": {"text": "scrimp.data.text:TextData", "labelled": "scrimp.data.labelled:LabelledData"},
 }
 
 BROKEN = "Ask its authors to mend it, or uninstall it."

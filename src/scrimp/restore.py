@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from scrimp import checkpoint
 from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.weights import HEADS, on_meta
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -19,21 +24,50 @@ if TYPE_CHECKING:
 def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | None:
     """Weights of another run (`--from`) or of a Hugging Face folder (`model.from`), as the stage before the first.
 
+    A head or pooler that they do not have, or have in other sizes, is left out: it begins anew (see `anew`).
+
     Raises:
         UserError: if a run that saves adapters only has nothing to read its frozen weights from again.
     """
     if start:
         _, origin, state, meta = RunFolder.reopen(start)
-        return {"model": whole(origin, data, state, meta)["model"]}
+        return {"model": without_other_heads(whole(origin, data, state, meta)["model"], recipe, data)}
     source = getattr(recipe.model, "source", "")
     if source:
         from scrimp.models.hub import read_weights
 
-        return {"model": read_weights(source, configured(recipe, data))}
+        return {"model": without_other_heads(read_weights(source, configured(recipe, data)), recipe, data)}
     if recipe.checkpoint.adapter_only:
         fix = "Start from a folder (`model.from`) or a run (--from), or set it to false."
         raise UserError("the frozen weights could not be read again.", "checkpoint.adapter_only", fix)
     return None
+
+
+def without_other_heads(weights: Mapping[str, Tensor], recipe: Recipe, data: Any) -> Mapping[str, Tensor]:
+    """Weights without the heads that are not those of the recipe's model.
+
+    A head that fits is kept with what techniques added to it.
+    """
+    own = shapes(recipe, data)
+    off = {
+        part
+        for part in HEADS
+        if not any(name.startswith(part) for name in own)
+        or any(name not in weights or tuple(weights[name].shape) != own[name] for name in own if name.startswith(part))
+    }
+    return {name: t for name, t in weights.items() if not name.startswith(tuple(off))}
+
+
+def shapes(recipe: Recipe, data: Any) -> dict[str, tuple[int, ...]]:
+    """The parameters of the recipe's model before any technique changes it."""
+    with on_meta(torch.float32):
+        return {name: tuple(p.shape) for name, p in configured(recipe, data).build().named_parameters()}
+
+
+def anew(weights: Mapping[str, Tensor], recipe: Recipe, data: Any) -> list[str]:
+    """The layers of the model that begin anew though the run starts from weights."""
+    absent = [name for name in shapes(recipe, data) if name not in weights and name.startswith(HEADS)]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in absent))
 
 
 def whole(recipe: Recipe, data: Any, state: State, meta: dict[str, Any]) -> State:
@@ -103,7 +137,9 @@ def used(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Any:
     outline = getattr(recipe.data, "used", None)
     if outline is None or not (folder / "tokenizer.json").is_file():
         return reopened(recipe, meta)
-    return outline(folder, meta["data"].get("tokens", {}))
+    said = meta["data"]
+    more = {"labels": tuple(said["labels"])} if "labels" in said else {}
+    return outline(folder, said.get("tokens", {}), **more)
 
 
 def same_data(data: Any, meta: dict[str, Any]) -> None:
@@ -121,4 +157,4 @@ def same_data(data: Any, meta: dict[str, Any]) -> None:
 def fingerprint(data: Any) -> Any:
     """What identifies an opened data set: its counts of tokens and documents, and its key in the cache."""
     meta = getattr(data, "meta", {})
-    return {key: meta[key] for key in ("key", "tokens", "documents", "vocab") if key in meta}
+    return {key: meta[key] for key in ("key", "tokens", "documents", "vocab", "labels") if key in meta}

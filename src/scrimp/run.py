@@ -34,7 +34,7 @@ from scrimp.groups import (
 )
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step
 from scrimp.technique import SLOTS, Technique
-from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent
+from scrimp.weights import HEADS, freeze, initialize, load_weights, materialize, on_meta, persistent
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -145,13 +145,13 @@ def build(
         run.model = model
         check_needs(model, run)
         model = run.fold("model", model)
-    freeze(model, run.order.techniques)
+    freeze(model, run.order.techniques, getattr(run.task, "trains", ()))
     run.model = materialize(run.fold("wrap", model), run.device)
     initialize(run.model, run.seed)
     run.model = run.fold("init", run.model)
     state = run.fold("carry", last if last is not None else source or {})
     if "model" in state:
-        load_weights(run.model, state["model"], lambda name: last is not None or name in run.base)
+        load_weights(run.model, state["model"], lambda name: last is not None or needed(name, run))
     run.optimizer = make_optimizer(run)
     run.factor = run.fold("schedule", constant)
     run.index = run.fold("items", np.arange(len(data.train)))
@@ -163,6 +163,11 @@ def build(
     if last is not None:
         load_rest(run, state)
     return run
+
+
+def needed(name: str, run: Run) -> bool:
+    """Whether weights that a new run starts from must have a parameter: not those of techniques and of heads."""
+    return name in run.base and not name.startswith(HEADS)
 
 
 def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> nn.Module:

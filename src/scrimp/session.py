@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from scrimp.technique import Batch, State
 
 Observe = Callable[[str, dict[str, Any]], None]
-"""(event, fields): what a progress view hears. Events: start, stage, step, validation, checkpoint, sample, end."""
+"""(event, fields): what a progress view hears. Events: note, stage, step, validation, checkpoint, sample, end."""
 
 
 @dataclass

@@ -37,10 +37,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's size; `end` is any id."""
+    """A tokenizer's size; `end` is any id, and no id stands for a special token."""
 
     vocab: int
     end: int = 0
+    mask: int | None = None
+    special: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ class Outline:
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def estimated(size: int, tokenizer: str, vocab: int, context: int, holdout: float) -> Outline:
+def estimated(size: int, tokenizer: str, vocabulary: Vocabulary, context: int, holdout: float) -> Outline:
     """An outline from bytes of text."""
     tokens = size / BYTES_PER_TOKEN.get(tokenizer, BYTES_PER_TOKEN["bpe"])
     windows = max(2, int(tokens / context))
     held = max(1, int(windows * holdout))
     note = f"The corpus is not built yet: {tokens:,.0f} tokens are an estimate from {size:,} bytes of files."
-    return Outline(Windows(windows - held, context), Windows(held, context), Vocabulary(vocab), note)
+    return Outline(Windows(windows - held, context), Windows(held, context), vocabulary, note)

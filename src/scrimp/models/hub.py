@@ -1,14 +1,15 @@
 """Hugging Face folders in and out: config.json and safetensors, sharded too, without importing transformers.
 
-Families: GPT-2, Llama, Mistral, Qwen2, Qwen3. `hub_config.py` says how each calls its options, `hub_names.py` how it
-calls its tensors.
+Families: GPT-2, Llama, Mistral, Qwen2, Qwen3, for which `hub_config.py` says how each calls its options and
+`hub_names.py` how it calls its tensors; BERT, RoBERTa and XLM-RoBERTa, for which `hub_bert.py` says both.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,29 +18,52 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scrimp.checkpoint import save_tensors
-from scrimp.data.tokenizer import begin_texts
 from scrimp.errors import UserError, did_you_mean
+from scrimp.models import hub_bert
 from scrimp.models.hub_config import family_of, options_from, options_to
-from scrimp.models.hub_names import FAMILIES, tensors
+from scrimp.models.hub_names import FAMILIES as DECODERS
+from scrimp.models.hub_names import Family, tensors
+from scrimp.models.hub_tokenizer import special, write_json
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import Transformer, TransformerConfig
 
 MARK: Final = "scrimp"
 """Key of config.json that lists the files of a folder that we wrote, so that it may be written again."""
-HEAD: Final = "lm_head.weight"
+FAMILIES: Final[dict[str, Family]] = DECODERS | hub_bert.FAMILIES
 INDEX: Final = "model.safetensors.index.json"
-BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
 """Endings of what older versions saved beside the weights."""
+OLD_NAMES: Final = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+"""Endings of BERT's first checkpoints, which came from TensorFlow, and what they became."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in an open file."""
+
+    file: Any
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without reading it."""
+        return tuple(self.file.get_slice(self.key).get_shape())
+
+    def tensor(self) -> Tensor:
+        """Memory-mapped."""
+        return self.file.get_tensor(self.key)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The options of a folder's model.
+    """The options of a folder's model; of an encoder without the head, which a task chooses.
 
     Raises:
         UserError: if there is no config.json, or it asks for something the Transformer does not do.
     """
-    return options_from(*_family(Path(folder)), f"{folder}/config.json")
+    family, raw = _family(Path(folder))
+    where = f"{folder}/config.json"
+    return (hub_bert.options_from if family in hub_bert.FAMILIES else options_from)(family, raw, where)
 
 
 def read_kind(folder: str | Path) -> str:
@@ -52,43 +76,59 @@ def read_kind(folder: str | Path) -> str:
     return "transformer"
 
 
+def read_labels(folder: str | Path) -> tuple[str, ...]:
+    """The names of a classifier's classes, in their order."""
+    return hub_bert.labels_from(_family(Path(folder))[1])
+
+
 def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
     """A folder's weights under our names, in the types of its files and memory-mapped until they are used.
 
-    Only the fused q, k and v are copied. A tied head is left out.
+    Only the fused q, k and v are copied. A tied head is left out, and so is an encoder's head that the folder does
+    not have, or has in another shape.
 
     Raises:
         UserError: with every missing, unexpected and misshapen tensor, by the folder's names.
     """
     folder = Path(folder)
     model_type, _ = _family(folder)
-    family, expected = FAMILIES[model_type], tensors(model_type, config)
-    held = _open(folder)
+    family, held = FAMILIES[model_type], _open(folder)
+    encoder = model_type in hub_bert.FAMILIES
+    expected = hub_bert.tensors(model_type, config) if encoder else tensors(model_type, config)
     # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
     root = "" if any(name.startswith(family.root) for name in held) else family.root
-    wanted = {name.removeprefix(root): shape for name, shape in expected.items()}
-    head = held.pop(HEAD, None) if config.tied else None
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
+    full = {name.removeprefix(root): name for name in expected}
+    wanted = {short: expected[name] for short, name in full.items()}
+    head = held.pop(family.head, None) if config.tied else None
+    shapes = {name: found.shape for name, found in held.items()}
+    if encoder:
+        wanted, others = hub_bert.settled(wanted, shapes)
+        shapes = {name: shape for name, shape in shapes.items() if name not in others}
     faults = _misfit(wanted, shapes)
     if faults:
         raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
-    full = {name: name if name == HEAD else root + name for name in wanted}
-    weights = family.read({full[name]: held[name].get_tensor(name) for name in wanted}, config)
-    if head is not None and not torch.equal(head.get_tensor(HEAD), weights["embed.weight"]):
+    weights = family.read({full[name]: held[name].tensor() for name in wanted}, config)
+    if head is not None and not torch.equal(head.tensor(), weights["embed.weight"]):
         fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
-        raise UserError(f"{HEAD} differs from the embedding, to which config.json ties it.", str(folder), fix)
+        raise UserError(f"{family.head} differs from the embedding, to which config.json ties it.", str(folder), fix)
     return weights
 
 
 def loaded(folder: str | Path) -> Transformer:
-    """A folder's model with its weights, in float32, for use outside a run."""
+    """A folder's model with its weights and its own head, in float32, for use outside a run."""
     from scrimp.models.transformer import TransformerConfig
 
     config = TransformerConfig(**read_config(folder))
+    family, raw = _family(Path(folder))
+    if family in hub_bert.FAMILIES:
+        config = replace(config, **hub_bert.head_from(raw, list(_open(Path(folder)))))
     model = config.build()
     weights = read_weights(folder, config)
+    own = dict(model.named_parameters())
+    if absent := [name for name in own if name not in weights]:
+        raise UserError(f"the folder lacks what its architecture has: {', '.join(absent)}.", str(folder))
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in own.items():
             p.copy_(weights[name])
     return model
 
@@ -100,6 +140,7 @@ def write(
     tokenizer: Any = None,
     family: str = "",
     shard_bytes: int = 5_000_000_000,
+    labels: Sequence[str] = (),
 ) -> str:
     """Write a folder that `transformers` loads; returns its family. An earlier export is replaced once all is written.
 
@@ -111,12 +152,14 @@ def write(
         tokenizer: with `save(folder)`, and with `end` and `decode` for the special tokens; or None.
         family: which one, where several can hold the model; chosen from the options when empty.
         shard_bytes: largest file, unless a single tensor is larger.
+        labels: names of a classifier's classes, in their order.
     Raises:
         UserError: if no family can hold the model, the weights are not the model's, the folder holds something else,
             or it cannot be written.
     """
     folder = Path(folder).resolve()
-    family = family_of(config, family)
+    encoder = hub_bert.holds(config)
+    family = (hub_bert.family_of if encoder else family_of)(config, family)
     theirs = FAMILIES[family].write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"
@@ -124,11 +167,12 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _save(partial, theirs, shard_bytes)
-        raw = options_to(family, config) | _special(partial, config, tokenizer)
+        raw = hub_bert.options_to(family, config, labels) if encoder else options_to(family, config)
+        raw |= special(partial, config, tokenizer)
         dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
         files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
         # Before 4.56, transformers called the type torch_dtype.
-        _write_json(partial / "config.json", raw | {"dtype": dtype, "torch_dtype": dtype, MARK: files})
+        write_json(partial / "config.json", raw | {"dtype": dtype, "torch_dtype": dtype, MARK: files})
         _replace(folder, partial)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -158,16 +202,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _newer(name: str) -> str:
+    return next((name.removesuffix(old) + new for old, new in OLD_NAMES.items() if name.endswith(old)), name)
 
 
-def _open(folder: Path) -> dict[str, Any]:
-    """name -> the open file that holds it, over all shards; buffers are left out."""
+def _open(folder: Path) -> dict[str, Held]:
+    """name -> where it is, over all shards; buffers are left out."""
     files = ["model.safetensors"]
     if (folder / INDEX).is_file():
         files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    held: dict[str, Any] = {}
+    held: dict[str, Held] = {}
     for name in files:
         path = folder / name
         if not path.is_file():
@@ -177,7 +221,7 @@ def _open(folder: Path) -> dict[str, Any]:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise UserError(f"is not a safetensors file: {error}.", str(path), "Fetch it again.") from None
-        held |= {key: file for key in file.keys() if not key.endswith(BUFFERS)}  # noqa: SIM118
+        held |= {_newer(key): Held(file, key) for key in file.keys() if not key.endswith(BUFFERS)}  # noqa: SIM118
     return held
 
 
@@ -223,34 +267,6 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(what, str(folder), "Choose another folder.")
 
 
-def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[str, Any]:
-    """Write the tokenizer, and how to load and generate with it; returns the special ids of config.json.
-
-    The padding id is a matter of generation only: in config.json it would make transformers freeze the embedding of
-    the end of text.
-    """
-    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if tokenizer is None:
-        return ids
-    tokenizer.save(folder)
-    end = getattr(tokenizer, "end", None)
-    if end is None:
-        return ids
-    ids |= {"bos_token_id": end, "eos_token_id": end}
-    _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
-    file, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if file.is_file():
-        begin_texts(file, end)
-    if file.is_file() and not path.exists():
-        # Without a class, transformers takes the family's own and with it another way of splitting text.
-        token = tokenizer.decode([end])
-        inputs = ["input_ids", "attention_mask"]
-        _write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token, "eos_token": token,
-                           "model_max_length": config.context, "model_input_names": inputs,
-                           "clean_up_tokenization_spaces": False})  # fmt: skip
-    return ids
-
-
 def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
     """Weights in one file, or in several with an index; only one file's transposed copies exist at a time."""
     shards: list[list[str]] = [[]]
@@ -268,7 +284,7 @@ def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in named.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _replace(folder: Path, partial: Path) -> None:
