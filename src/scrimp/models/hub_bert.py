@@ -195,9 +195,7 @@ def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
             shapes |= _linear(theirs, c.classes, c.width)
     if c.head == "mlm":
         stem = "cls.predictions" if family == "bert" else "lm_head"
-        shapes[f"{stem}.bias"] = (c.vocab,)
-        if not c.tied:
-            shapes[f"{stem}.decoder.weight"] = (c.vocab, c.width)
+        shapes |= {f"{stem}.bias": (c.vocab,)} if c.tied else _linear(f"{stem}.decoder", c.vocab, c.width)
     return shapes
 
 
@@ -214,7 +212,7 @@ def heads(family: str, c: TransformerConfig) -> dict[str, str]:
     bert = family == "bert"
     if c.head == "mlm":
         return BERT_MLM if bert else ROBERTA_MLM
-    pooler = {"bert.pooler.dense" if bert else "roberta.pooler.dense": "pooler"} if c.pooler else {}
+    pooler = {"bert.pooler.dense" if bert else "roberta.pooler.dense": "pooler"} if c.pooled else {}
     if c.head != "classes":
         return pooler
     if bert:
@@ -270,7 +268,10 @@ def _write(family: str, ours: dict[str, Tensor], c: TransformerConfig) -> dict[s
         if stem in outer:
             out[f"{outer[stem]}.{part}"] = tensor
         elif stem == "head":
-            out[f"{'cls.predictions' if bert else 'lm_head'}{'' if part == 'bias' else '.decoder'}.{part}"] = tensor
+            out[f"{'cls.predictions' if bert else 'lm_head'}{'' if c.tied else '.decoder'}.{part}"] = tensor
+            if part == "bias" and not c.tied:
+                # transformers 5 has the bias twice where nothing is tied, and adds that of the decoder.
+                out[f"{'cls.predictions' if bert else 'lm_head'}.bias"] = tensor.clone()
         elif stem.endswith(".attention.qkv"):
             layer = stem.split(".")[1]
             for x, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):

@@ -64,6 +64,11 @@ class TransformerConfig(Trunk):
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head width, not {self.head_dim}.")
 
+    @property
+    def pooled(self) -> bool:
+        """Whether there is a pooler, where the head wants a state of the sequence."""
+        return self.pooler and self.pooling in ("", "first")
+
     def build(self) -> Transformer:
         """The model, on the default device, uninitialized."""
         return Transformer(self)
@@ -108,7 +113,7 @@ class Transformer(nn.Module):
                 self.head.weight = self.embed.weight
             self.head_loss: nn.Module = CrossEntropy()
             return
-        if c.pooler and c.pooling in ("", "first"):
+        if c.pooled:
             self.pooler = Linear(c.width, c.width, True, c.init_std)
         if c.head == "classes":
             self.head = Linear(c.width, c.classes, bias=True, std=c.init_std)
