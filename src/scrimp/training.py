@@ -125,7 +125,8 @@ def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -
     session.base = base_of(recipe, session.start)
     begun = Begun(recipe, data, new_clock(recipe, data), source=starting_weights(recipe, data, session.start))
     if begun.source is not None and (new := anew(begun.source["model"], recipe, data)):
-        session.observe("note", {"text": f"Note: {' and '.join(new)} begin anew: the weights have none that fit."})
+        verb = "begins" if len(new) == 1 else "begin"
+        session.observe("note", {"text": f"Note: {' and '.join(new)} {verb} anew: the weights have none that fit."})
     if save:
         session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None))
     return begun

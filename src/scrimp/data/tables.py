@@ -84,7 +84,7 @@ def _check(needed: Sequence[str], names: Sequence[str], path: Path) -> None:
 def _lines(path: Path, needed: Sequence[str], columns: Sequence[str], tabs: bool) -> Iterator[Row]:
     csv.field_size_limit(LONGEST)
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        # strict: a quote that is never closed is a fault, and not a field that swallows the rest of the file.
+        # strict: a quote that is never closed is told as a fault, instead of making the rest of the file one text.
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file, strict=True)
         names = list(columns) or next(reader, [])
         _check(needed, names, path)
