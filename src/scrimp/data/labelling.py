@@ -64,7 +64,7 @@ def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path
     Raises:
         UserError: if there are no rows, too many are faulty, or held-out ones are of unknown classes.
     """
-    table, held = (_gathered(settings, files[split]) for split in SPLITS)
+    table, held = (gathered(settings, files[split]) for split in SPLITS)
     faults, total = table.faults + held.faults, sum(len(t.texts) + len(t.faults) for t in (table, held))
     skipped = {"count": len(faults), "rows": total, "first": faults[:TOLD]}
     check_skipped(settings, skipped)
@@ -91,7 +91,7 @@ def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path
     return meta
 
 
-def _gathered(settings: LabelledData, files: Sequence[Path]) -> Table:
+def gathered(settings: LabelledData, files: Sequence[Path]) -> Table:
     """The whole rows of files, and what is wrong with the others."""
     table = Table()
     for path in files:
