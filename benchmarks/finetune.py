@@ -84,7 +84,9 @@ def measured(recipe: Recipe, out: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
     return {
-        "rows": data.meta["rows"], "trained": sum(n for n, on in sizes if on), "parameters": sum(n for n, _ in sizes), "before": before,
+        "rows": data.meta["rows"],
+        "trained": sum(n for n, on in sizes if on), "parameters": sum(n for n, _ in sizes),
+        "before": before,
         "after": evaluate(result.folder), "steps": len(steps), "seconds": sum(s["seconds"] for s in steps),
         "peak_bytes": max(s["peak_bytes"] for s in steps),
     }  # fmt: skip
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="Folder with sst2 and banking77.")
     parser.add_argument("--only", choices=RECIPES)
     parser.add_argument("--evidence", type=Path, default=EVIDENCE)
-    parser.add_argument("words", nargs="*", help="Overrides, such as duration=20.")
+    parser.add_argument("--set", dest="words", action="append", default=[], help="An override, such as steps=20.")
     options = parser.parse_args()
     rows: dict[str, Any] = json.loads(options.evidence.read_text()) if options.evidence.exists() else {}
     for name in [options.only] if options.only else RECIPES:

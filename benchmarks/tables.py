@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "guides").glob("*.md")))
 MARK = re.compile(r"<!-- ([a-z0-9-]+)-table -->\n(.*?)<!-- /\1-table -->", re.DOTALL)
 
 
@@ -149,10 +149,27 @@ def catalogue() -> str:
     return "\n".join([*lines, "", about])
 
 
+def finetune() -> str:
+    """What fine-tuning a small encoder reached."""
+    lines = [
+        "| recipe | trained weights | steps | seconds | accuracy before | after | TF-IDF and logistic regression |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = evidence("finetune")
+    for name, row in rows.items():
+        shares = [f"{100 * found['accuracy']:.1f} %" for found in (row["before"], row["after"], row["linear"])]
+        lines.append(
+            f"| `{name}` | {row['trained']:,} | {row['steps']} | {row['seconds']:,.0f} | {' | '.join(shares)} |"
+        )
+    machine = next(iter(rows.values()))["environment"]
+    about = f"One run each on {machine['processor']}, threads: {machine['threads']}, beside other work."
+    return "\n".join([*lines, "", f"{about} `benchmarks/finetune.py` measures them."])
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
     "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue,
+    "catalogue": catalogue, "finetune": finetune,
 }  # fmt: skip
 
 

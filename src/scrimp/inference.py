@@ -12,13 +12,14 @@ import torch
 
 from scrimp.agree import configured, prepared
 from scrimp.clock import Clock
-from scrimp.errors import RecipeError
+from scrimp.errors import RecipeError, UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
 from scrimp.products import fast_products
 from scrimp.reading import override, plain, validated
 from scrimp.restore import reopened, used, whole
 from scrimp.run import Run, build, exported
+from scrimp.session import writes
 
 if TYPE_CHECKING:
     from scrimp.technique import Batch
@@ -99,10 +100,16 @@ def elsewhere(run: Run, place: Path, words: Sequence[str]) -> Any:
 
 
 def continue_text(place: str | Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model adds to it."""
+    """The prompt and what the model adds to it.
+
+    Raises:
+        UserError: if the model is no causal language model.
+    """
     from scrimp.models.generate import generate
 
     run = open_run(place, corpus=False)
+    if not writes(run.model):
+        raise UserError("the run's model writes no text.", str(place), "Only causal language models do.")
     tokenizer = run.data.tokenizer
     ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)

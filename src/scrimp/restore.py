@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ from scrimp import checkpoint
 from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
-from scrimp.weights import HEADS, on_meta
+from scrimp.weights import on_meta, renewable
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
     from scrimp.technique import State
+
+PLAIN: Final = re.compile(r"(head|pooler|head_transform\.\w+)\.(weight|bias)")
+"""Names of the parameters of heads before any technique adds to them."""
 
 
 def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | None:
@@ -44,18 +48,19 @@ def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | No
 
 
 def without_other_heads(weights: Mapping[str, Tensor], recipe: Recipe, data: Any) -> Mapping[str, Tensor]:
-    """Weights without the heads that are not those of the recipe's model.
-
-    A head that fits is kept with what techniques added to it.
-    """
-    own = shapes(recipe, data)
-    off = {
+    """Weights without the heads of other tasks. A head that fits is kept, with what techniques added to it."""
+    own, fresh = shapes(recipe, data), renewable(configured(recipe, data))
+    misfits = tuple(
         part
-        for part in HEADS
-        if not any(name.startswith(part) for name in own)
-        or any(name not in weights or tuple(weights[name].shape) != own[name] for name in own if name.startswith(part))
-    }
-    return {name: t for name, t in weights.items() if not name.startswith(tuple(off))}
+        for part in fresh
+        if any(name.startswith(part) and _shape(weights, name) != shape for name, shape in own.items())
+    )
+    others = {name for name in weights if fresh and PLAIN.fullmatch(name) and name not in own}
+    return {name: t for name, t in weights.items() if not name.startswith(misfits) and name not in others}
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
 
 
 def shapes(recipe: Recipe, data: Any) -> dict[str, tuple[int, ...]]:
@@ -66,7 +71,8 @@ def shapes(recipe: Recipe, data: Any) -> dict[str, tuple[int, ...]]:
 
 def anew(weights: Mapping[str, Tensor], recipe: Recipe, data: Any) -> list[str]:
     """The layers of the model that begin anew though the run starts from weights."""
-    absent = [name for name in shapes(recipe, data) if name not in weights and name.startswith(HEADS)]
+    fresh = renewable(configured(recipe, data))
+    absent = [name for name in shapes(recipe, data) if name not in weights and name.startswith(fresh)]
     return list(dict.fromkeys(name.rpartition(".")[0] for name in absent))
 
 

@@ -34,7 +34,7 @@ from scrimp.groups import (
 )
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step
 from scrimp.technique import SLOTS, Technique
-from scrimp.weights import HEADS, freeze, initialize, load_weights, materialize, on_meta, persistent
+from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -131,7 +131,7 @@ def build(
         data: what `recipe.data.open()` gave.
         clock: where the run is; its stage selects what techniques do.
         last: the finished stage, or the checkpoint that is resumed.
-        source: weights that a new run starts from; what techniques add may be missing in it.
+        source: weights that a new run starts from; what techniques add may be missing in it, and a task's head.
         decisions: what earlier stages decided, by technique.
         order: the order of the slots instead of the cards' own; for tests of order.
     Raises:
@@ -140,7 +140,8 @@ def build(
     run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
     run.decisions, run.task = dict(decisions or {}), prepared(recipe, data)
     with on_meta(getattr(torch, recipe.dtype)):
-        model = configured(recipe, data).build()
+        config = configured(recipe, data)
+        model = config.build()
         run.base = frozenset(name for name, _ in model.named_parameters())
         run.model = model
         check_needs(model, run)
@@ -151,7 +152,9 @@ def build(
     run.model = run.fold("init", run.model)
     state = run.fold("carry", last if last is not None else source or {})
     if "model" in state:
-        load_weights(run.model, state["model"], lambda name: last is not None or needed(name, run))
+        fresh = renewable(config)
+        load_weights(run.model, state["model"],
+                     lambda name: last is not None or (name in run.base and not name.startswith(fresh)))  # fmt: skip
     run.optimizer = make_optimizer(run)
     run.factor = run.fold("schedule", constant)
     run.index = run.fold("items", np.arange(len(data.train)))
@@ -163,11 +166,6 @@ def build(
     if last is not None:
         load_rest(run, state)
     return run
-
-
-def needed(name: str, run: Run) -> bool:
-    """Whether weights that a new run starts from must have a parameter: not those of techniques and of heads."""
-    return name in run.base and not name.startswith(HEADS)
 
 
 def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> nn.Module:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,15 @@ from scrimp.models.seams import matching
 from scrimp.technique import Technique
 
 HEADS: Final = ("head.", "head_transform.", "pooler.")
-"""Prefixes of the parameters that may begin anew when a model starts from weights of another task."""
+"""Prefixes of the parameters of heads."""
+
+
+def renewable(config: Any) -> tuple[str, ...]:
+    """Prefixes of the parameters that may begin anew when a model starts from weights of another task.
+
+    A head of classes, of hidden tokens or of no outputs belongs to its task; that of a language model does not.
+    """
+    return () if getattr(config, "head", "") in ("", "lm") else HEADS
 
 
 def freeze(model: nn.Module, techniques: Sequence[Technique], task: Sequence[str] = ()) -> None:

@@ -14,12 +14,14 @@ import torch
 from tokenizers import models, pre_tokenizers, processors
 
 import scrimp
+from scrimp.cli import app
 from scrimp.errors import RecipeError, UserError
 from scrimp.inference import evaluate, export, open_run
 from scrimp.models import hub
 from scrimp.models.transformer import TransformerConfig
 from scrimp.planning import plan
 from scrimp.recipe import Recipe
+from scrimp.restore import starting_weights
 from scrimp.weights import initialize
 from tiny import assert_equal, flat
 
@@ -144,10 +146,47 @@ def test_lora_trains_the_head_that_begins_anew(place: Path, tmp_path: Path) -> N
     assert evaluate(result.folder) == pytest.approx(evaluate(result.folder / "checkpoints" / "step-000000006"))
 
 
+def test_adapters_go_on_with_the_head_that_fits(place: Path, tmp_path: Path) -> None:
+    made = recipe(place, techniques={"adamw": {}, "lora": {"rank": 2, "targets": "mlp.up|head"}})
+    first, _ = trained(made, tmp_path)
+    source = starting_weights(made, made.data.open(), str(first.folder))
+    assert source is not None
+    assert {n for n in source["model"] if n.startswith("head")} == {
+        "head.weight", "head.bias", "head.lora.a", "head.lora.b",
+    }  # fmt: skip
+    (tmp_path / "three.csv").write_text((place / "rows.csv").read_text() + "\nthe film,neither,0\n" * 4)
+    other = recipe(place, techniques={"adamw": {}, "lora": {"rank": 2, "targets": "mlp.up|head"}},
+                   data={"source": str(tmp_path / "three.csv")})  # fmt: skip
+    source = starting_weights(other, other.data.open(), str(first.folder))
+    assert source is not None
+    assert {n for n in source["model"] if n.startswith(("head", "pooler"))} == {"pooler.weight", "pooler.bias"}
+
+
+def test_the_head_of_a_language_model_does_not_begin_anew(tmp_path: Path, place: Path) -> None:
+    data = {"source": str(place / "text.txt"), "tokenizer": "bytes", "context": 16}
+    options = {"layers": 1, "width": 16, "heads": 2}
+    made = replace(recipe(place, "causal-lm"), data=data, model={**options, "tied": False}, sample={"tokens": 0})
+    first, _ = trained(made, tmp_path)
+    with pytest.raises(UserError, match="unexpected: head.weight"):
+        trained(replace(made, model=options), tmp_path, start=first.folder)
+
+
+def test_the_command_line_measures_other_data(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result, _ = trained(recipe(place), tmp_path)
+    words = ["eval", str(result.folder), "--data", str(place / "more.csv"), "--data", "context=30"]
+    app(words, standalone_mode=False)
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    wanted = evaluate(result.folder, data=[str(place / "more.csv")])
+    assert {name: float(value) for name, value in said.items()} == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(UserError, match="writes no text"):
+        app(["generate", str(result.folder)], standalone_mode=False)
+
+
 def test_masked_language_models_train_on_a_stream_too(place: Path, tmp_path: Path) -> None:
     data = {"name": "text", "source": str(place / "text.txt"), "tokenizer": "bytes", "context": 32, "mask": True}
     made = recipe(place, "masked-lm", model={**ENCODER, "vocab": 0}, validate={"every": "3 step", "batches": 1})
     made = replace(made, data=data)
+    assert plan(made).live > 0  # before the corpus is built
     result, notes = trained(made, tmp_path)
     assert result.run.model.config.vocab == 258
     assert {"loss", "perplexity", "accuracy"} == set(result.validation)
