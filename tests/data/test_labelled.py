@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ from tokenizers import models, pre_tokenizers, processors
 
 from scrimp.data.labelled import LabelledData
 from scrimp.data.labelling import ordered
+from scrimp.data.order import items_at, places_by_length, sample_ids
 from scrimp.data.tokenizer import MASK
 from scrimp.errors import RecipeError, UserError
 from scrimp.recipe import Recipe
+from tiny import run_of
 
 WORDS = ["good", "bad", "film", "very", "not", "so", "plot"]
 ROWS = [(" ".join(WORDS[(i * k) % 7] for k in range(1, 2 + i % 9)) + f" {i}", ("neg", "pos")[i % 2]) for i in range(60)]
@@ -240,3 +244,35 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     ):
         with pytest.raises(RecipeError, match=words):
             Recipe.read({**base, "data": {"name": "labelled", **more}})
+
+
+def test_batches_of_a_stretch_are_sorted_by_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 50, 40)
+    places = np.array([places_by_length(40, lengths, 3, step, 4, 5) for step in range(20)])
+    # Each stretch of 5 batches has the 20 places that it has without sorting, and two stretches are an epoch.
+    for stretch in range(4):
+        inside = places[5 * stretch : 5 * stretch + 5]
+        assert sorted(inside.flatten()) == list(range(20 * stretch, 20 * stretch + 20))
+        spans = sorted((lengths[items_at(40, 3, row)].min(), lengths[items_at(40, 3, row)].max()) for row in inside)
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    assert sorted(items_at(40, 3, places[:10].flatten())) == list(range(40))
+    assert np.array_equal(places_by_length(40, lengths, 3, 7, 4, 5), places[7])
+    shortest = [int(np.argmin([lengths[items_at(40, 3, row)].sum() for row in places[5 * s : 5 * s + 5]])) for s in range(4)]
+    assert len(set(shortest)) > 1  # their order is drawn anew for each stretch
+    assert np.array_equal(items_at(40, 3, np.arange(8, 12)), sample_ids(40, 3, 8, 4))
+
+
+def test_a_sorted_run_trains_on_the_same_texts_with_less_to_fill_up(tmp_path: Path) -> None:
+    def batches(stretch: int) -> list[Any]:
+        data = settings(tmp_path, written(tmp_path / "rows.csv"), stretch=stretch)
+        made = Recipe.read({"model": {"layers": 1, "width": 8, "heads": 1}, "task": "classify", "batch": 4,
+                            "duration": "10 step", "techniques": "sgd"})  # fmt: skip
+        run = run_of(replace(made, data=data))
+        return [run.batch(step) for step in range(10)]
+
+    plain, sorted_ = batches(1), batches(10)
+    assert {int(s) for b in plain for s in b["sample"]} == {int(s) for b in sorted_ for s in b["sample"]}
+    rows = [Counter(tuple(t[a].tolist()) for b in side for t, a in zip(b["tokens"], b["attended"], strict=True))
+            for side in (plain, sorted_)]  # fmt: skip
+    assert rows[0] == rows[1]
+    assert sum(b["tokens"].numel() for b in sorted_) < sum(b["tokens"].numel() for b in plain)

@@ -136,6 +136,8 @@ def test_names_of_classes_are_kept(tmp_path: Path) -> None:
     hub.write(tmp_path / "out", model.config, named(model), labels=("bad", "good"))
     assert reopened(tmp_path / "out").config.id2label == {0: "bad", 1: "good"}
     assert hub.read_labels(tmp_path / "out") == ("bad", "good")
+    with pytest.raises(UserError, match="3 names for 2 classes"):
+        hub.write(tmp_path / "out", model.config, named(model), labels=("bad", "good", "so"))
 
 
 def test_names_of_the_first_berts_are_read(tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ class LabelledData:
     """Give the trained BPE a token which masked language models hide others with."""
     context: int = 128
     """Most tokens of an item, with those around texts; what is longer is cut."""
+    stretch: int = 1
+    """Training batches whose texts are sorted by length among each other, so that they are less filled up; 1 for none.
+    Each epoch has the same texts as without."""
     holdout: float = 0.1
     """Share of the rows that is held out, by content, so that copies stay together; at least one."""
     skip: float = 0.01
@@ -98,8 +101,9 @@ class LabelledData:
         for name, low, high in (("holdout", 0.0, 1.0), ("skip", -1e-9, 1.0)):
             if not low < getattr(self, name) < high:
                 raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}.")
-        if self.context < 1:
-            raise UserError(f"context must be at least 1, not {self.context}.")
+        for name in ("context", "stretch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.label and self.score:
             raise UserError("`label` and `score` are both given.", "", "Keep the one to predict.")
         if self.pairs == "apart" and not self.text_pair:
@@ -177,6 +181,7 @@ def _kind(settings: LabelledData) -> dict[str, Any]:
         "streams": ("tokens", "pair_tokens") if apart else ("tokens",),
         "segments": bool(settings.text_pair) and not apart,
         "target": "labels" if settings.label else "scores" if settings.score else "",
+        "stretch": settings.stretch,
     }
 
 

@@ -30,6 +30,13 @@ class Texts:
     """Whether a pair is one sequence, whose two segments are told apart."""
     target: str = ""
     """labels, scores, or nothing."""
+    stretch: int = 1
+    """Training batches that are sorted by length among each other."""
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each item, of both texts where they are apart: int64, [items]."""
+        return np.sum([np.diff(self._arrays[f"{name}_starts"]) for name in self.streams], axis=0)
 
     def __len__(self) -> int:
         return self.count

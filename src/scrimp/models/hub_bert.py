@@ -163,6 +163,8 @@ def options_to(family: str, c: TransformerConfig, labels: Sequence[str] = ()) ->
         raw["pad_token_id"] = c.position_offset - 1
     if c.head == "classes":
         given = list(labels) or [f"LABEL_{i}" for i in range(c.classes)]
+        if len(given) != c.classes:
+            raise UserError(f"there are {len(given)} names for {c.classes} classes.", "labels", "Give one each.")
         raw |= {"id2label": {str(i): name for i, name in enumerate(given)},
                 "label2id": {name: i for i, name in enumerate(given)}}  # fmt: skip
         raw |= {"problem_type": "regression"} if c.classes == 1 else {}
