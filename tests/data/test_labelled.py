@@ -257,7 +257,9 @@ def test_batches_of_a_stretch_are_sorted_by_length() -> None:
         assert all(a[1] <= b[0] for a, b in pairwise(spans))
     assert sorted(items_at(40, 3, places[:10].flatten())) == list(range(40))
     assert np.array_equal(places_by_length(40, lengths, 3, 7, 4, 5), places[7])
-    shortest = [int(np.argmin([lengths[items_at(40, 3, row)].sum() for row in places[5 * s : 5 * s + 5]])) for s in range(4)]
+    shortest = [
+        int(np.argmin([lengths[items_at(40, 3, row)].sum() for row in places[5 * s : 5 * s + 5]])) for s in range(4)
+    ]
     assert len(set(shortest)) > 1  # their order is drawn anew for each stretch
     assert np.array_equal(items_at(40, 3, np.arange(8, 12)), sample_ids(40, 3, 8, 4))
 

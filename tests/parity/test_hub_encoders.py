@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scrimp.data.tokenizer import framed, train_bpe
 from scrimp.errors import UserError
 from scrimp.models import hub
 from scrimp.models.presets import expand
@@ -138,6 +140,24 @@ def test_names_of_classes_are_kept(tmp_path: Path) -> None:
     assert hub.read_labels(tmp_path / "out") == ("bad", "good")
     with pytest.raises(UserError, match="3 names for 2 classes"):
         hub.write(tmp_path / "out", model.config, named(model), labels=("bad", "good", "so"))
+
+
+def test_a_trained_tokenizer_comes_along(tmp_path: Path) -> None:
+    tokenizer = framed(train_bpe(iter(["so good a film, so bad a plot"] * 9), 280))
+    model = TransformerConfig(**{**ENCODER, "vocab": tokenizer.vocab}, head="classes", classes=2, pooler=True).build()
+    initialize(model, 0)
+    hub.write(tmp_path / "out", model.config, named(model), tokenizer)
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    given = read(["so good", "a bad plot"], return_tensors="pt", padding=True)
+    assert given["input_ids"][0, 0] == tokenizer.end
+    again = reopened(tmp_path / "out")
+    assert again.config.pad_token_id is None  # or transformers would freeze that row of the embedding
+    with torch.no_grad():
+        mine = model.eval()(given["input_ids"], attended=given["attention_mask"].bool())
+        torch.testing.assert_close(again(**given).logits, mine, rtol=0, atol=1e-5)
+    other = replace(model.config, position_offset=2)
+    with pytest.raises(UserError, match="whose padding has the id 1, not None"):
+        hub.write(tmp_path / "other", other, dict(other.build().named_parameters()), tokenizer)
 
 
 def test_names_of_the_first_berts_are_read(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from scrimp.models import hub_bert
 from scrimp.models.hub_config import family_of, options_from, options_to
 from scrimp.models.hub_names import FAMILIES as DECODERS
 from scrimp.models.hub_names import Family, tensors
-from scrimp.models.hub_tokenizer import special, write_json
+from scrimp.models.hub_tokenizer import check_padding, special, write_json
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import Transformer, TransformerConfig
@@ -108,7 +108,8 @@ def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Ten
     if faults:
         raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
     weights = family.read({full[name]: held[name].tensor() for name in wanted}, config)
-    if head is not None and not torch.equal(head.tensor(), weights["embed.weight"]):
+    read = config.head not in ("classes", "none")
+    if read and head is not None and not torch.equal(head.tensor(), weights["embed.weight"]):
         fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
         raise UserError(f"{family.head} differs from the embedding, to which config.json ties it.", str(folder), fix)
     return weights
@@ -160,6 +161,7 @@ def write(
     folder = Path(folder).resolve()
     encoder = hub_bert.holds(config)
     family = (hub_bert.family_of if encoder else family_of)(config, family)
+    check_padding(config, tokenizer)
     theirs = FAMILIES[family].write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"

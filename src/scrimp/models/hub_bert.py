@@ -159,8 +159,8 @@ def options_to(family: str, c: TransformerConfig, labels: Sequence[str] = ()) ->
         "type_vocab_size": c.segments, "tie_word_embeddings": c.tied, "initializer_range": c.init_std,
         "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": 0.0, "position_embedding_type": "absolute",
     }  # fmt: skip
-    if family != "bert":
-        raw["pad_token_id"] = c.position_offset - 1
+    # What a BERT has for padding is a matter of its tokenizer; transformers would take 0, and freeze its embedding.
+    raw["pad_token_id"] = None if family == "bert" else c.position_offset - 1
     if c.head == "classes":
         given = list(labels) or [f"LABEL_{i}" for i in range(c.classes)]
         if len(given) != c.classes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from scrimp.data.tokenizer import begin_texts
+from scrimp.errors import UserError
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import TransformerConfig
@@ -48,11 +49,27 @@ def _encoder(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[st
         return {}
     tokenizer.save(folder)
     if (folder / "tokenizer.json").is_file():
-        roles = {f"{role}_token": token for role, token in getattr(tokenizer, "roles", dict)().items()}
+        roles = {f"{role}_token": token for role, token in tokenizer.roles().items()}
+        # What fills up a batch is never attended, so that any token will do.
+        roles.setdefault("pad_token", tokenizer.decode([tokenizer.end]))
         segments = ["token_type_ids"] if config.segments > 1 else []
         _loading(folder, config, roles, ["input_ids", *segments, "attention_mask"])
     pad = getattr(tokenizer, "pad", None)
     return {} if config.position_offset or pad is None else {"pad_token_id": pad}
+
+
+def check_padding(config: TransformerConfig, tokenizer: Any) -> None:
+    """Whether a RoBERTa's rows before the positions are those that its tokenizer's padding asks for.
+
+    transformers counts the tokens that are no padding, from that id on.
+
+    Raises:
+        UserError: if not.
+    """
+    wanted, found = config.position_offset - 1, getattr(tokenizer, "pad", None)
+    if not config.causal and tokenizer is not None and wanted >= 0 and found != wanted:
+        what = f"a RoBERTa folder needs a tokenizer whose padding has the id {wanted}, not {found}."
+        raise UserError(what, "model.position_offset", "Set it to 0, which makes a BERT of it.")
 
 
 def _loading(folder: Path, config: TransformerConfig, tokens: dict[str, str], inputs: list[str]) -> None:
