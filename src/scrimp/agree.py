@@ -15,8 +15,10 @@ from scrimp.registry import component_name
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
 
-LEAST: Final = ("vocab", "context")
+LEAST: Final = ("vocab", "context", "segments")
 """Sizes of a model that may be larger than the data's; others must be equal."""
+CHOSEN: Final = ("segments",)
+"""Options of which 0 means none, so that it is not filled in."""
 
 
 def sizes(data: Any) -> dict[str, int]:
@@ -37,19 +39,23 @@ def configured(recipe: Recipe, data: Any) -> Any:
     known = {f.name for f in fields(config)}
     for name, given in sizes(data).items():
         own = getattr(config, name) if name in known else None
+        if own == 0 and name in CHOSEN:
+            continue
         if own == 0:
             config = replace(config, **{name: given})
         elif own is not None and (own < given if name in LEAST else own != given):
             fix = f"Set model.{name} to {given}{' or more' if name in LEAST else ''}, or change data.{name}."
             raise UserError(f"the data's {name} is {given}, the model's {own}.", f"model.{name}", fix)
-    wanted = getattr(recipe.task, "head", "")
-    if wanted and "head" not in known:
-        what = f"the task `{component_name('tasks', recipe.task)}` needs a model with a head `{wanted}`."
-        raise UserError(what, "model", f"`{component_name('models', config)}` has none to choose.")
-    own = getattr(config, "head", "")
-    if wanted and own not in ("", wanted):
-        raise UserError(f"the task needs `{wanted}`, not `{own}`.", "model.head", "Leave it out.")
-    return replace(config, head=wanted) if wanted else config
+    for name in ("head", "pooling"):
+        wanted = getattr(recipe.task, name, "")
+        if wanted and name not in known:
+            what = f"the task `{component_name('tasks', recipe.task)}` needs a model with a {name} `{wanted}`."
+            raise UserError(what, "model", f"`{component_name('models', config)}` has none to choose.")
+        if wanted and getattr(config, name) not in ("", wanted):
+            what = f"the task needs `{wanted}`, not `{getattr(config, name)}`."
+            raise UserError(what, f"model.{name}", "Leave it out.")
+        config = replace(config, **{name: wanted}) if wanted else config
+    return config
 
 
 def prepared(recipe: Recipe, data: Any) -> Any:

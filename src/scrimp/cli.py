@@ -234,12 +234,16 @@ def import_(
 
 
 @app.command("eval")
-def eval_(run: RunPath, batches: Annotated[int, typer.Option(help="0 for the whole held-out set.")] = 0) -> None:
-    """Measure a run on its held-out data."""
+def eval_(
+    run: RunPath,
+    batches: Annotated[int, typer.Option(help="0 for the whole held-out set.")] = 0,
+    data: Annotated[list[str] | None, typer.Option(help="Other data: a path, or key=value of data settings.")] = None,
+) -> None:
+    """Measure a run on its held-out data, or on all of other data."""
     within("--batches", batches, "0 is the whole held-out set.")
     from scrimp.inference import evaluate
 
-    for key, value in evaluate(run, batches).items():
+    for key, value in evaluate(run, batches, data or ()).items():
         typer.echo(f"{key}: {value:.6g}")
 
 

@@ -173,7 +173,7 @@ class Comparison:
         if file.exists() and (known := json.loads(file.read_text()))["key"] == key:
             return known
         folder = self._trained(made, text)
-        cell: Cell = {"key": key, "seed": seed, "lr": rate, **measured(folder, self.data)}
+        cell: Cell = {"key": key, "seed": seed, "lr": rate, **measured(folder, self.data, made.task)}
         partial = file.with_suffix(".partial")
         text = json.dumps(cell)
         partial.write_text(text)
@@ -196,7 +196,7 @@ class Comparison:
         return folder
 
 
-def measured(folder: Path, data: Any) -> Cell:
+def measured(folder: Path, data: Any, task: Any) -> Cell:
     """What a run's folder says, on a clock of steps without the first of each stage."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -214,8 +214,9 @@ def measured(folder: Path, data: Any) -> Cell:
     if not curve:
         raise UserError("a comparison needs validation.", "validate", "Set `every` and `batches` above 0.")
     loss = curve[-1][3]
+    bits = bits_per_byte(loss, data) if getattr(task, "head", "") in ("", "lm") else None
     joules = sum(s["joules"] for s in steps) if all("joules" in s for s in steps) else None
-    return {"loss": loss, "bits_per_byte": bits_per_byte(loss, data), "seconds": clock, "tokens": tokens, "pace": pace,
+    return {"loss": loss, "bits_per_byte": bits, "seconds": clock, "tokens": tokens, "pace": pace,
             "tokens_per_second": tokens / clock, "peak_bytes": steps[-1]["peak_bytes"], "joules": joules,
             "curve": curve}  # fmt: skip
 

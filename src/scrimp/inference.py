@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from scrimp.agree import configured
+from scrimp.agree import configured, prepared
 from scrimp.clock import Clock
 from scrimp.data.chat import prompted
-from scrimp.errors import UserError
+from scrimp.errors import RecipeError, UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
 from scrimp.products import fast_products
+from scrimp.reading import override, plain, validated
 from scrimp.restore import reopened, used, whole
 from scrimp.run import Run, build, exported
+from scrimp.session import writes
+
+if TYPE_CHECKING:
+    from scrimp.technique import Batch
 
 
 def open_run(place: str | Path, corpus: bool = True) -> Run:
@@ -33,28 +41,76 @@ def open_run(place: str | Path, corpus: bool = True) -> Run:
     return build(recipe, data, Clock(**meta["clock"]), last=state, decisions=meta["decisions"])
 
 
-def evaluate(place: str | Path, batches: int = 0) -> dict[str, float]:
-    """The task's metrics on held-out data.
+def evaluate(place: str | Path, batches: int = 0, data: Sequence[str] = ()) -> dict[str, float]:
+    """The task's metrics on the run's held-out data, or on all of other data.
 
     Args:
         batches: how many batches; 0 for all of it.
+        data: a path, and `key=value` words that change settings of the run's data. The tokenizer and the names of
+            classes stay the run's, unless they are among them.
+    Raises:
+        UserError: if the data do not fit the run's model and task.
     """
-    run = open_run(place)
-    held, size = run.data.validation, run.recipe.batch
-    count = len(held) if batches == 0 else min(batches * size, len(held))
-    spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
-
-    parts = (to_device(run.task.batch(held.read(span), span), run.device) for span in spans)
+    run = open_run(place, corpus=not data)
+    task, splits = run.task, [run.data.validation]
+    if data:
+        other = replace(run.recipe, data=elsewhere(run, Path(place), data), model=configured(run.recipe, run.data))
+        opened = other.data.open()
+        configured(other, opened)
+        task, splits = prepared(other, opened), [opened.train, opened.validation]
     assert run.evaluate is not None
     with fast_products():
-        return run.evaluate(lambda model: run.task.evaluate(model, parts))
+        return run.evaluate(lambda model: task.evaluate(model, _parts(run, task, splits, batches)))
+
+
+def _parts(run: Run, task: Any, splits: Sequence[Any], batches: int) -> Iterator[Batch]:
+    """The first batches of some splits."""
+    size, left = run.recipe.batch, batches
+    for split in splits:
+        for first in range(0, len(split), size):
+            span = np.arange(first, min(first + size, len(split)))
+            yield to_device(task.batch(split.read(span), span), run.device)
+            left -= 1
+            if left == 0:
+                return
+
+
+def elsewhere(run: Run, place: Path, words: Sequence[str]) -> Any:
+    """The settings of a run's data, changed so that they are of other data.
+
+    Raises:
+        RecipeError: with every word that is no setting, or of another type.
+    """
+    settings: Any = run.recipe.data
+    known = {f.name for f in fields(settings)}
+    kept = RunFolder.newest(place).parent.parent / "tokenizer.json"
+    given: dict[str, Any] = {}
+    if "tokenizer" in known and kept.is_file() and settings.tokenizer != "bytes":
+        given["tokenizer"] = str(kept)
+    if "labels" in known and getattr(run.data, "labels", ()):
+        given["labels"] = list(run.data.labels)
+    for word in words:
+        if "=" not in word:
+            given |= {"source": word} | ({"validation": ""} if "validation" in known else {})
+    changes = [word for word in words if "=" in word]
+    values, faults = override({"data": plain(settings) | given}, [f"data.{word}" for word in changes])
+    found = validated(type(settings), values["data"], "--data", faults)
+    if faults:
+        raise RecipeError(faults)
+    return found
 
 
 def continue_text(place: str | Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model adds to it."""
+    """The prompt and what the model adds to it.
+
+    Raises:
+        UserError: if the model is no causal language model.
+    """
     from scrimp.models.generate import generate
 
     run = open_run(place, corpus=False)
+    if not writes(run.model):
+        raise UserError("the run's model writes no text.", str(place), "Only causal language models do.")
     tokenizer = run.data.tokenizer
     if tokenizer is None:
         raise UserError("the run was not trained on text, and writes none.", str(place), "`scrimp eval` measures it.")
@@ -72,5 +128,6 @@ def export(place: str | Path, out: str | Path) -> Path:
 
     run = open_run(place, corpus=False)
     prepares = getattr(run.data, "processor", None) or run.data.tokenizer
-    write(out, configured(run.recipe, run.data), exported(run), prepares)
+    labels = getattr(run.data, "labels", ())
+    write(out, configured(run.recipe, run.data), exported(run), prepares, labels=labels)
     return Path(out)

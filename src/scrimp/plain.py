@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 
 def batches(run: Run) -> Callable[[int], Batch]:
     """step -> batch: a function of (seed, step)."""
-    from scrimp.data.order import sample_ids
+    from scrimp.data.order import items_at, places_by_length
 
     # Samples are numbered over the run; mixed with the seed, the number keys dropout.
     salt = generator(run.seed, "dropout").initial_seed() & 0xFFFFFFFF
+    size, stretch = run.recipe.batch, getattr(run.data.train, "stretch", 1)
 
     def batch(step: int) -> Batch:
-        first = step * run.recipe.batch
-        ids = sample_ids(run.index, run.seed, first, run.recipe.batch)
-        sample = np.arange(first, first + run.recipe.batch) ^ salt
+        places = np.arange(step * size, (step + 1) * size)
+        if stretch > 1:
+            places = places_by_length(run.index, run.data.train.lengths, run.seed, step, size, stretch)
+        ids, sample = items_at(run.index, run.seed, places), places ^ salt
         return to_device(run.task.batch(run.data.train.read(ids, sample), sample), run.device)
 
     return batch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Final, Self, TextIO
 
 import torch
 from rich.console import Console
@@ -16,6 +16,9 @@ from scrimp.meter import flops_per_token, gemm_rate
 
 if TYPE_CHECKING:
     from scrimp.run import Run
+
+KNOWN: Final = ("step", "loss", "perplexity")
+"""Fields of a validation that are no metric of their own to show beside the loss."""
 
 
 class Progress:
@@ -58,9 +61,12 @@ class Progress:
         elif event == "step":
             self._step(fields)
         elif event == "validation":
-            self.validation = f"  held-out {fields['loss']:.4f}"
+            more = [f"{name} {value:.4f}" for name, value in fields.items() if name not in KNOWN]
+            self.validation = "  ".join([f"  held-out {fields['loss']:.4f}", *more])
             if self.bar is None:
                 self.console.print(f"{self.label}step {fields['step']}{self.validation}", soft_wrap=True)
+        elif event == "note":
+            self.console.print(self.label + fields["text"], soft_wrap=True, markup=False)
         elif event == "checkpoint":
             self.folder = fields["path"].parent.parent
         elif event == "end":

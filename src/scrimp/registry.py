@@ -29,12 +29,16 @@ BUILT_IN = {
     },
     "tasks": {
         "causal-lm": "scrimp.tasks.causal_lm:CausalLM",
+        "masked-lm": "scrimp.tasks.masked_lm:MaskedLM",
         "classify": "scrimp.tasks.classify:Classify",
+        "regress": "scrimp.tasks.regress:Regress",
+        "embed": "scrimp.tasks.embed:Embed",
         "masked-image": "scrimp.tasks.masked_image:MaskedImage",
     },
     "datasets": {
         "text": "scrimp.data.text:TextData",
         "instructions": "scrimp.data.instructions:InstructionData",
+        "labelled": "scrimp.data.labelled:LabelledData",
         "images": "scrimp.data.images:ImageData",
     },
 }

@@ -3,73 +3,94 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from torch import Tensor
 
 from scrimp import checkpoint
 from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
-from scrimp.weights import on_meta
+from scrimp.weights import on_meta, renewable
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from scrimp.recipe import Recipe
     from scrimp.technique import State
+
+PLAIN: Final = re.compile(r"(head|pooler|head_transform\.\w+)\.(weight|bias)")
+"""Names of the parameters of heads before any technique adds to them."""
 
 
 def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | None:
     """Weights of another run (`--from`) or of a Hugging Face folder (`model.from`), as the stage before the first.
+
+    A head or pooler that they do not have, or have in other sizes, is left out: it begins anew (see `anew`).
 
     Raises:
         UserError: if a run that saves adapters only has nothing to read its frozen weights from again.
     """
     if start:
         _, origin, state, meta = RunFolder.reopen(start)
-        given = dict(whole(origin, data, state, meta)["model"])
-        return {"model": adopted(given, origin.model, configured(recipe, data), start)}
+        given = whole(origin, data, state, meta)["model"]
+        return {"model": adopted(given, origin.model, configured(recipe, data))}
     source = getattr(recipe.model, "source", "")
     if source:
         from scrimp.models.hub import own_config, read_weights
 
         config = configured(recipe, data)
         given = own_config(source, config)
-        return {"model": adopted(read_weights(source, given), given, config, source)}
+        return {"model": adopted(read_weights(source, given), given, config)}
     if recipe.checkpoint.adapter_only:
         fix = "Start from a folder (`model.from`) or a run (--from), or set it to false."
         raise UserError("the frozen weights could not be read again.", "checkpoint.adapter_only", fix)
     return None
 
 
-def adopted(weights: dict[str, Tensor], given: Any, config: Any, where: str) -> dict[str, Tensor]:
-    """A model's weights as another one with the same body takes them, such as a pre-trained one with a new head.
+def adopted(weights: Mapping[str, Tensor], given: Any, config: Any) -> Mapping[str, Tensor]:
+    """A model's weights as another one with the same body takes them: of other sizes where it can, without other heads.
 
-    Kinds of models name in `outer` what stands outside the body: what only one of the two has, or has in other shapes,
-    is left out or begins anew, and is told on stderr. `adopt` of the options changes what depends on sizes, such as
-    positions.
+    `adopt` of the options changes what depends on sizes, such as positions. A head that fits is kept, with what
+    techniques added to it; one that does not, or that only the other model has, is left out with all that was added.
 
     Args:
         given: options of the model whose weights they are.
         config: options of the model that takes them.
-        where: the run or folder, for what is told.
     """
     adopt = getattr(config, "adopt", None)
-    weights = weights if adopt is None else adopt(weights)
-    outer = (*getattr(given, "outer", ()), *getattr(config, "outer", ()))
+    if adopt is not None:
+        weights = adopt(dict(weights))
+    own, fresh = shapes(config), renewable(config)
+    left = tuple(
+        part
+        for part in fresh
+        if any(name.startswith(part) and _shape(weights, name) != shape for name, shape in own.items())
+    )
+    if fresh:
+        left += tuple(part for part in getattr(given, "outer", ()) if not any(name.startswith(part) for name in own))
+    others = {name for name in weights if fresh and PLAIN.fullmatch(name) and name not in own}
+    return {name: t for name, t in weights.items() if not name.startswith(left) and name not in others}
+
+
+def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(weights[name].shape) if name in weights else None
+
+
+def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """The parameters of a model before any technique changes it."""
     with on_meta(torch.float32):
-        shapes = {name: p.shape for name, p in config.build().named_parameters()} if outer else {}
-    left = [name for name, t in weights.items() if name.startswith(outer) and shapes.get(name) != t.shape]
-    taken = {name: t for name, t in weights.items() if name not in left}
-    anew = [name for name in shapes if name.startswith(outer) and name not in taken]
-    for names, what in ((left, f"not taken over from {where}"), (anew, "begins anew")):
-        parts = [f"{part}* ({n})" for part in dict.fromkeys(outer) if (n := sum(x.startswith(part) for x in names))]
-        if parts:
-            sys.stderr.write(f"scrimp: {what}: {', '.join(parts)}\n")
-    return taken
+        return {name: tuple(p.shape) for name, p in config.build().named_parameters()}
+
+
+def anew(weights: Mapping[str, Tensor], recipe: Recipe, data: Any) -> list[str]:
+    """The parts of the model that begin anew though the run starts from weights."""
+    config = configured(recipe, data)
+    fresh = renewable(config)
+    absent = [name for name in shapes(config) if name not in weights and name.startswith(fresh)]
+    return list(dict.fromkeys(part.rstrip(".") for name in absent for part in fresh if name.startswith(part)))
 
 
 def whole(recipe: Recipe, data: Any, state: State, meta: dict[str, Any]) -> State:
@@ -139,7 +160,9 @@ def used(folder: Path, recipe: Recipe, meta: dict[str, Any]) -> Any:
     outline = getattr(recipe.data, "used", None)
     if outline is None or not (folder / "tokenizer.json").is_file():
         return reopened(recipe, meta)
-    return outline(folder, meta["data"].get("tokens", {}))
+    said = meta["data"]
+    more = {"labels": tuple(said["labels"])} if "labels" in said else {}
+    return outline(folder, said.get("tokens", {}), **more)
 
 
 def same_data(data: Any, meta: dict[str, Any]) -> None:
@@ -157,4 +180,4 @@ def same_data(data: Any, meta: dict[str, Any]) -> None:
 def fingerprint(data: Any) -> Any:
     """What identifies an opened data set: its counts of tokens and documents, and its key in the cache."""
     meta = getattr(data, "meta", {})
-    return {key: meta[key] for key in ("key", "tokens", "documents", "vocab") if key in meta}
+    return {key: meta[key] for key in ("key", "tokens", "documents", "vocab", "labels") if key in meta}

@@ -18,6 +18,8 @@ LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep":
 CHOICES: Final = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "float64", "bfloat16")}
 """The values of words that have few."""
 DURATIONS: Final = ("duration", "validate.every", "checkpoint.every")
+SPLITTING: Final = ("micro-batch", "accumulated")
+"""Phases of `backward` in which a batch is taken apart."""
 NO_RULE: Final = "no technique sets the update rule."
 
 
@@ -29,7 +31,8 @@ def broken(values: Mapping[str, Any], techniques: Any) -> list[UserError]:
         techniques: what stands where techniques should.
     """
     rules = (_bounds, _choices, _durations, _name, _validation)
-    return [fault for rule in rules for fault in rule(values)] + _together(techniques)
+    faults = [fault for rule in rules for fault in rule(values)] + _together(techniques)
+    return faults + list(_whole_batches(values, techniques))
 
 
 def notes(recipe: Recipe) -> list[str]:
@@ -99,6 +102,19 @@ def _validation(values: Mapping[str, Any]) -> Iterator[UserError]:
     for where, what in (("checkpoint.best", "keeps the checkpoint of"), ("stop.patience", "waits for")):
         if value_of(values, where):
             yield UserError(f"{what} the lowest validation loss, but validation is off.", where, fix)
+
+
+def _whole_batches(values: Mapping[str, Any], techniques: Any) -> Iterator[UserError]:
+    """A loss of pairs within the batch is not that of its parts."""
+    if getattr(values.get("task"), "decomposes", True):
+        return
+    for technique in techniques if not misfits(techniques) else ():
+        if technique.card.phase.get("backward") in SPLITTING:
+            what = "splits batches, and the task's loss compares each item with all others of its batch."
+            fix = (
+                "Drop it, since parts would compare with fewer items. For memory, take `recompute` or a smaller batch."
+            )
+            yield UserError(what, f"techniques.{technique.name}", fix)
 
 
 def _together(techniques: Any) -> list[UserError]:

@@ -34,7 +34,7 @@ from scrimp.groups import (
 )
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step
 from scrimp.technique import SLOTS, Technique
-from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent
+from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -131,7 +131,7 @@ def build(
         data: what `recipe.data.open()` gave.
         clock: where the run is; its stage selects what techniques do.
         last: the finished stage, or the checkpoint that is resumed.
-        source: weights that a new run starts from; what techniques add may be missing in it.
+        source: weights that a new run starts from; what techniques add may be missing in it, and a task's head.
         decisions: what earlier stages decided, by technique.
         order: the order of the slots instead of the cards' own; for tests of order.
     Raises:
@@ -146,16 +146,15 @@ def build(
         run.model = model
         check_needs(model, run)
         model = run.fold("model", model)
-    freeze(model, run.order.techniques)
+    freeze(model, run.order.techniques, getattr(run.task, "trains", ()))
     run.model = materialize(run.fold("wrap", model), run.device)
     initialize(run.model, run.seed)
     run.model = run.fold("init", run.model)
     state = run.fold("carry", last if last is not None else source or {})
     if "model" in state:
-        # What stands outside a body may be new: a pre-trained model gets another head.
-        outer = getattr(config, "outer", ())
-        inner = {name for name in run.base if not name.startswith(tuple(outer))}
-        load_weights(run.model, state["model"], lambda name: last is not None or name in inner)
+        fresh = renewable(config)
+        load_weights(run.model, state["model"],
+                     lambda name: last is not None or (name in run.base and not name.startswith(fresh)))  # fmt: skip
     run.optimizer = make_optimizer(run)
     run.factor = run.fold("schedule", constant)
     run.index = run.fold("items", np.arange(len(data.train)))

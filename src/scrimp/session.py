@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from scrimp.technique import Batch, State
 
 Observe = Callable[[str, dict[str, Any]], None]
-"""(event, fields): what a progress view hears. Events: start, stage, step, validation, checkpoint, sample, end."""
+"""(event, fields): what a progress view hears. Events: note, stage, step, validation, checkpoint, sample, end."""
 
 
 @dataclass
@@ -135,12 +135,16 @@ def non_finite(run: Run, value: float) -> UserError:
     return UserError(what, "training", fix)
 
 
+def writes(model: nn.Module) -> bool:
+    """Whether a model is a causal language model, which text can be generated with."""
+    config = getattr(model, "config", None)
+    return getattr(config, "causal", False) and getattr(config, "head", "lm") in ("", "lm")
+
+
 def sample(run: Run) -> str:
     """A text from the model, when it is a causal one with a tokenizer."""
     wanted, tokenizer = run.recipe.sample, getattr(run.data, "tokenizer", None)
-    config = getattr(run.model, "config", None)
-    writes = getattr(config, "causal", False) and getattr(config, "head", "lm") in ("", "lm")
-    if not wanted.tokens or tokenizer is None or not writes:
+    if not wanted.tokens or tokenizer is None or not writes(run.model):
         return ""
     assert run.evaluate is not None
     prompt = prompted(tokenizer, wanted.prompt)

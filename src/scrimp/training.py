@@ -20,7 +20,7 @@ from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import tokens_of
 from scrimp.products import fast_products
-from scrimp.restore import base_of, reopened, same_data, starting_weights
+from scrimp.restore import anew, base_of, reopened, same_data, starting_weights
 from scrimp.restore import whole as restored
 from scrimp.room import check_room, explained, out_of_memory
 from scrimp.run import Run, build
@@ -124,6 +124,9 @@ def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -
         check_room(recipe, data)
     session.base = base_of(recipe, session.start)
     begun = Begun(recipe, data, new_clock(recipe, data), source=starting_weights(recipe, data, session.start))
+    if begun.source is not None and (new := anew(begun.source["model"], recipe, data)):
+        verb = "begins" if len(new) == 1 else "begin"
+        session.observe("note", {"text": f"Note: {' and '.join(new)} {verb} anew: the weights have none that fit."})
     if save:
         session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None))
     return begun

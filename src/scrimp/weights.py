@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +17,34 @@ from scrimp.errors import UserError, did_you_mean
 from scrimp.models.seams import matching
 from scrimp.technique import Technique
 
+HEADS: Final = ("head.", "head_transform.", "pooler.")
+"""Prefixes of the parameters of heads."""
 
-def freeze(model: nn.Module, techniques: Sequence[Technique]) -> None:
-    """Train only what tuning methods name, when there is one."""
+
+def renewable(config: Any) -> tuple[str, ...]:
+    """Prefixes of the parameters that may begin anew when a model starts from weights of another task.
+
+    Kinds of models name in `outer` what stands outside the body. Of a Transformer, a head of classes, of hidden tokens
+    or of no outputs belongs to its task; that of a language model does not.
+    """
+    outer = getattr(config, "outer", None)
+    if outer is not None:
+        return tuple(outer)
+    return () if getattr(config, "head", "") in ("", "lm") else HEADS
+
+
+def freeze(model: nn.Module, techniques: Sequence[Technique], task: Sequence[str] = ()) -> None:
+    """Train only what tuning methods name, when there is one.
+
+    Args:
+        task: patterns of what its task trains beside them, such as a head that begins anew.
+    """
     tuned = [(t.name, pattern) for t in techniques for pattern in t.card.trains]
     if not tuned:
         return
     names = [name for name, _ in model.named_parameters()]
     chosen = {n for who, pattern in tuned for n in matching(pattern, names, "parameter", f"techniques.{who}")}
+    chosen |= {n for n in names for pattern in task if fnmatchcase(n, pattern)}
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen)
 

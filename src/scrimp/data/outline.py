@@ -40,10 +40,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer's size; `end` is any id."""
+    """A tokenizer's size; `end` is any id, and no id stands for a special token."""
 
     vocab: int
     end: int = 0
+    mask: int | None = None
+    special: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ class Outline:
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def estimated(size: int, tokenizer: str, vocab: int, context: int, holdout: float, isolate: bool = False) -> Outline:
+def estimated(
+    size: int, tokenizer: str, vocabulary: Vocabulary, context: int, holdout: float, isolate: bool = False
+) -> Outline:
     """An outline from bytes of text."""
     tokens = size / BYTES_PER_TOKEN.get(tokenizer, BYTES_PER_TOKEN["bpe"])
     windows = max(2, int(tokens / context))
     held = max(1, int(windows * holdout))
     note = f"The corpus is not built yet: {tokens:,.0f} tokens are an estimate from {size:,} bytes of files."
     train, validation = (Windows(count, context, isolate) for count in (windows - held, held))
-    return Outline(train, validation, Vocabulary(vocab), note)
+    return Outline(train, validation, vocabulary, note)

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Final
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import documents, find, fingerprint, located
-from scrimp.data.outline import Outline, Windows, estimated
+from scrimp.data.outline import Outline, Vocabulary, Windows, estimated
 from scrimp.data.stream import Tokens
-from scrimp.data.tokenizer import END, Tokenizer, bytes_tokenizer, train_bpe
+from scrimp.data.tokenizer import END, Tokenizer, bytes_tokenizer, train_bpe, with_mask
 from scrimp.errors import UserError
 
 FORMAT: Final = 2
@@ -58,6 +58,8 @@ class TextData:
     """Size of the trained BPE."""
     end: str = ""
     """End-of-text token of a given tokenizer.json; found by itself when it has a usual name."""
+    mask: bool = False
+    """Give a tokenizer that is made here one more token, which masked language models hide others with."""
     context: int = 256
     """Tokens of a training window."""
     isolate: bool = False
@@ -92,8 +94,9 @@ class TextData:
             if len(split) < 1:
                 what = f"the {name} split has {split.count} tokens, too few for a window of {self.context} + 1."
                 raise UserError(what, "data.context", "Use a shorter context, more text, or another holdout.")
-        raw = self.tokenizer == "bytes"
-        tokenizer = bytes_tokenizer() if raw else Tokenizer.read(folder, meta["end_token"])
+        tokenizer = Tokenizer.read(folder, meta["end_token"])
+        if self.tokenizer == "bytes":
+            tokenizer = replace(tokenizer, raw=True)
         return Data(tokens[0], tokens[1], tokenizer, meta)
 
     def anchored(self) -> TextData:
@@ -128,11 +131,12 @@ class TextData:
         root = cache_folder(self.cache, "text")
         if read_meta(root / _key(self, files, root)):
             return self.open()
-        vocab = self.vocab
+        vocabulary = Vocabulary(self.vocab, mask=self.vocab - 1 if self.mask else None)
         if self.tokenizer != "bpe":
-            vocab = _tokenizer(self, files, 0).vocab
+            tokenizer = _tokenizer(self, files, 0)
+            vocabulary = Vocabulary(tokenizer.vocab, mask=tokenizer.mask)
         size = sum(path.stat().st_size for path in files)
-        return estimated(size, self.tokenizer, vocab, self.context, self.holdout, self.isolate)
+        return estimated(size, self.tokenizer, vocabulary, self.context, self.holdout, self.isolate)
 
 
 def _key(settings: TextData, files: list[Path], root: Path) -> str:
@@ -140,7 +144,9 @@ def _key(settings: TextData, files: list[Path], root: Path) -> str:
     named: dict[str, Any] = {"tokenizer": settings.tokenizer, "holdout": settings.holdout, "field": settings.field}
     if settings.tokenizer == "bpe":
         named["vocab"] = settings.vocab
-    elif settings.tokenizer != "bytes":
+    if settings.mask and settings.tokenizer in TRAINED:
+        named["mask"] = True
+    if settings.tokenizer not in TRAINED:
         given = Path(settings.tokenizer).expanduser()
         file = given / "tokenizer.json" if given.is_dir() else given
         named |= {"tokenizer": content_hash([file], root) if file.is_file() else [str(file)], "end": settings.end}
@@ -170,17 +176,18 @@ def _build(settings: TextData, files: list[Path], partial: Path, root: Path) -> 
 
 
 def _tokenizer(settings: TextData, files: list[Path], edge: int) -> Tokenizer:
-    if settings.tokenizer == "bytes":
-        return bytes_tokenizer()
-    if settings.tokenizer != "bpe":
+    if settings.tokenizer not in TRAINED:
         try:
             return Tokenizer.read(Path(settings.tokenizer).expanduser(), settings.end)
         except UserError as error:
             raise UserError(error.what, f"data.tokenizer ({error.where})", error.fix) from None
+    if settings.tokenizer == "bytes":
+        return with_mask(bytes_tokenizer()) if settings.mask else bytes_tokenizer()
     every = -(-sum(path.stat().st_size for path in files) // BPE_SAMPLE)
     texts = _watched(documents(files, settings.field, Counter()), files, "reading for the tokenizer")
     training = (text for text in texts if fingerprint(text) >= edge)
-    return train_bpe(_up_to(islice(training, 0, None, max(every, 1)), BPE_SAMPLE), settings.vocab)
+    texts = _up_to(islice(training, 0, None, max(every, 1)), BPE_SAMPLE)
+    return with_mask(train_bpe(texts, settings.vocab - 1)) if settings.mask else train_bpe(texts, settings.vocab)
 
 
 def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     import tokenizers
 
 END: Final = "<|endoftext|>"
+MASK: Final = "<|mask|>"
+ROLES: Final = {
+    "mask": (MASK, "[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>", "<|pad|>"), "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"), "unk": ("[UNK]", "<unk>"),
+}  # fmt: skip
+"""What special tokens are for -> their usual names."""
 ENDS: Final = (END, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[SEP]")
 
 
@@ -34,6 +40,31 @@ class Tokenizer:
         """One more than the greatest id, so that ids index an embedding of as many rows even if some are not used."""
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values())
 
+    def roles(self) -> dict[str, str]:
+        """What special tokens are for -> their text, of those that it has under a usual name."""
+        found = {role: [t for t in names if self.inner.token_to_id(t) is not None] for role, names in ROLES.items()}
+        return {role: names[0] for role, names in found.items() if names}
+
+    @property
+    def mask(self) -> int | None:
+        """Id of the token that hides another, if there is one."""
+        return self._id("mask")
+
+    @property
+    def pad(self) -> int | None:
+        """Id of the token that fills up batches, if there is one."""
+        return self._id("pad")
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids of the tokens that stand for no text."""
+        table = self.inner.get_added_tokens_decoder()
+        return frozenset({self.end, *(i for i, token in table.items() if token.special)})
+
+    def _id(self, role: str) -> int | None:
+        token = self.roles().get(role)
+        return None if token is None else self.inner.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens around it."""
         return self.inner.encode(text, add_special_tokens=False).ids
@@ -44,7 +75,7 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str], dtype: str) -> list[np.ndarray]:
         """Ids of several documents, each with `end` after it: arrays of `dtype`, shape [ids + 1]."""
-        if not self.raw or any(END in text for text in texts):
+        if not self.raw or any(END in text or MASK in text for text in texts):
             return [np.array([*ids, self.end], dtype=dtype) for ids in self.encode_batch(texts)]
         whole = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         return [np.append(ids.astype(dtype), np.array(self.end, dtype=dtype)) for ids in whole]
@@ -118,6 +149,23 @@ def train_bpe(texts: Iterator[str], vocab: int) -> Tokenizer:
     inner.train_from_iterator(texts, trainer)
     inner.add_special_tokens([END])
     return Tokenizer(inner, inner.get_vocab_size() - 1)
+
+
+def with_mask(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer with one more token, the last, which hides others from a masked language model."""
+    tokenizer.inner.add_special_tokens([MASK])
+    return Tokenizer(tokenizer.inner, tokenizer.end, tokenizer.raw)
+
+
+def framed(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer with its end-of-text token before, between and after texts, as `[CLS]` and `[SEP]` are."""
+    from tokenizers import processors
+
+    token = {"id": "end", "ids": [tokenizer.end], "tokens": [tokenizer.inner.id_to_token(tokenizer.end)]}
+    tokenizer.inner.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single="end $A end", pair="end $A end $B:1 end:1", special_tokens=[token]
+    )
+    return tokenizer
 
 
 def begin_texts(file: Path, end: int) -> None:

@@ -1,50 +1,69 @@
 """Hugging Face folders in and out: config.json and safetensors, sharded too, without importing transformers.
 
-Families: GPT-2, Llama, Mistral, Qwen2, Qwen3. `hub_config.py` says how each calls its options, `hub_names.py` how it
-calls its tensors. ViT and ViTMAE are in `hub_vit.py`.
+Families: GPT-2, Llama, Mistral, Qwen2, Qwen3, for which `hub_config.py` says how each calls its options and
+`hub_names.py` how it calls its tensors; BERT, RoBERTa and XLM-RoBERTa, for which `hub_bert.py` says both; ViT and
+ViTMAE likewise in `hub_vit.py`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scrimp.checkpoint import save_tensors
-from scrimp.data.tokenizer import begin_texts
 from scrimp.errors import UserError, did_you_mean
-from scrimp.models import hub_vit
+from scrimp.models import hub_bert, hub_vit
 from scrimp.models.hub_config import family_of, options_from, options_to
-from scrimp.models.hub_names import FAMILIES, Family, tensors
+from scrimp.models.hub_names import FAMILIES as DECODERS
+from scrimp.models.hub_names import Family, tensors
+from scrimp.models.hub_tokenizer import check_padding, special, write_json
 from scrimp.models.patches import PatchConfig
-
-if TYPE_CHECKING:
-    from scrimp.models.transformer import TransformerConfig
 
 MARK: Final = "scrimp"
 """Key of config.json that lists the files of a folder that we wrote, so that it may be written again."""
-HEAD: Final = "lm_head.weight"
-INDEX: Final = "model.safetensors.index.json"
 VISION: Final = {name: Family("vit.", hub_vit.read, hub_vit.write) for name in hub_vit.KINDS}
-BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+FAMILIES: Final[dict[str, Family]] = DECODERS | hub_bert.FAMILIES | VISION
+INDEX: Final = "model.safetensors.index.json"
+BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "embeddings.position_ids")
 """Endings of what older versions saved beside the weights."""
+OLD_NAMES: Final = {".LayerNorm.gamma": ".LayerNorm.weight", ".LayerNorm.beta": ".LayerNorm.bias"}
+"""Endings of BERT's first checkpoints, which came from TensorFlow, and what they became."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in an open file."""
+
+    file: Any
+    key: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Without reading it."""
+        return tuple(self.file.get_slice(self.key).get_shape())
+
+    def tensor(self) -> Tensor:
+        """Memory-mapped."""
+        return self.file.get_tensor(self.key)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The options of a folder's model.
+    """The options of a folder's model; of an encoder without the head, which a task chooses.
 
     Raises:
         UserError: if there is no config.json, or it asks for something the Transformer does not do.
     """
     family, raw = _family(Path(folder))
-    read = hub_vit.options_from if family in VISION else options_from
-    return read(family, raw, f"{folder}/config.json")
+    read = hub_bert.options_from if family in hub_bert.FAMILIES else options_from
+    return (hub_vit.options_from if family in VISION else read)(family, raw, f"{folder}/config.json")
 
 
 def read_kind(folder: str | Path) -> str:
@@ -65,44 +84,61 @@ def own_config(folder: str | Path, config: Any) -> Any:
     return hub_vit.own(family, read_config(folder), _open(Path(folder))) if family in VISION else config
 
 
+def read_labels(folder: str | Path) -> tuple[str, ...]:
+    """The names of a classifier's classes, in their order."""
+    return hub_bert.labels_from(_family(Path(folder))[1])
+
+
 def read_weights(folder: str | Path, config: Any) -> dict[str, Tensor]:
     """A folder's weights under our names, in the types of its files and memory-mapped until they are used.
 
-    Only the fused q, k and v are copied. A tied head is left out.
+    Only the fused q, k and v are copied. A tied head is left out, and so is an encoder's head that the folder does
+    not have, or has in another shape.
 
     Raises:
         UserError: with every missing, unexpected and misshapen tensor, by the folder's names.
     """
     folder = Path(folder)
     model_type, _ = _family(folder)
-    family = (FAMILIES | VISION)[model_type]
-    expected = (hub_vit.tensors if model_type in VISION else tensors)(model_type, config)
-    held = _open(folder)
+    family, held = FAMILIES[model_type], _open(folder)
+    encoder = model_type in hub_bert.FAMILIES
+    named = hub_bert.tensors if encoder else hub_vit.tensors if model_type in VISION else tensors
+    expected = named(model_type, config)
     # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
     root = "" if any(name.startswith(family.root) for name in held) else family.root
-    wanted = {hub_vit.spelled(name.removeprefix(root), held): shape for name, shape in expected.items()}
-    head = held.pop(HEAD, None) if getattr(config, "tied", False) else None
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
+    full = {hub_vit.spelled(name.removeprefix(root), held): name for name in expected}
+    wanted = {short: expected[name] for short, name in full.items()}
+    head = held.pop(family.head, None) if getattr(config, "tied", False) else None
+    shapes = {name: found.shape for name, found in held.items()}
+    if encoder:
+        wanted, others = hub_bert.settled(wanted, shapes)
+        shapes = {name: shape for name, shape in shapes.items() if name not in others}
     faults = _misfit(wanted, shapes)
     if faults:
         raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
-    given = {full: held[name].get_tensor(name) for name, full in zip(wanted, expected, strict=True)}
-    weights = family.read(given, config)
-    if head is not None and not torch.equal(head.get_tensor(HEAD), weights["embed.weight"]):
+    weights = family.read({full[name]: held[name].tensor() for name in wanted}, config)
+    read = head is not None and config.head not in ("classes", "none")
+    if read and not torch.equal(head.tensor(), weights["embed.weight"]):
         fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
-        raise UserError(f"{HEAD} differs from the embedding, to which config.json ties it.", str(folder), fix)
+        raise UserError(f"{family.head} differs from the embedding, to which config.json ties it.", str(folder), fix)
     return weights
 
 
 def loaded(folder: str | Path) -> Any:
-    """A folder's model with its weights, in float32, for use outside a run."""
+    """A folder's model with its weights and its own head, in float32, for use outside a run."""
     from scrimp.models.transformer import TransformerConfig
 
     config = own_config(folder, None) or TransformerConfig(**read_config(folder))
+    family, raw = _family(Path(folder))
+    if family in hub_bert.FAMILIES:
+        config = replace(config, **hub_bert.head_from(raw, list(_open(Path(folder)))))
     model = config.build()
     weights = read_weights(folder, config)
+    own = dict(model.named_parameters())
+    if absent := [name for name in own if name not in weights]:
+        raise UserError(f"the folder lacks what its architecture has: {', '.join(absent)}.", str(folder))
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in own.items():
             p.copy_(weights[name])
     return model
 
@@ -114,6 +150,7 @@ def write(
     tokenizer: Any = None,
     family: str = "",
     shard_bytes: int = 5_000_000_000,
+    labels: Sequence[str] = (),
 ) -> str:
     """Write a folder that `transformers` loads; returns its family. An earlier export is replaced once all is written.
 
@@ -126,26 +163,25 @@ def write(
             what prepares its images, with the names of its `classes`.
         family: which one, where several can hold the model; chosen from the options when empty.
         shard_bytes: largest file, unless a single tensor is larger.
+        labels: names of a classifier's classes, in their order.
     Raises:
         UserError: if no family can hold the model, the weights are not the model's, the folder holds something else,
             or it cannot be written.
     """
     folder = Path(folder).resolve()
-    vision = isinstance(config, PatchConfig)
-    family = hub_vit.family_of(config, family) if vision else family_of(config, family)
-    theirs = (FAMILIES | VISION)[family].write(_checked(config, named, folder), config)
+    family = _fitting(config, tokenizer, family)
+    theirs = FAMILIES[family].write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _save(partial, theirs, shard_bytes)
-        special = _special(partial, config, tokenizer)
-        raw = hub_vit.options_to(family, config, tokenizer) if vision else options_to(family, config) | special
+        raw = _described(partial, family, config, tokenizer, labels)
         dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
         files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
         # Before 4.56, transformers called the type torch_dtype.
-        _write_json(partial / "config.json", raw | {"dtype": dtype, "torch_dtype": dtype, MARK: files})
+        write_json(partial / "config.json", raw | {"dtype": dtype, "torch_dtype": dtype, MARK: files})
         _replace(folder, partial)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -160,10 +196,27 @@ def _family(folder: Path) -> tuple[str, dict[str, Any]]:
         raise UserError("there is no config.json.", str(folder), "Give a Hugging Face model folder.")
     raw = _read_json(path)
     family = str(raw.get("model_type"))
-    if family not in FAMILIES | VISION:
-        fix = did_you_mean(family, FAMILIES | VISION)
-        raise UserError(f"models of type `{family}` cannot be read.", str(path), fix)
+    if family not in FAMILIES:
+        raise UserError(f"models of type `{family}` cannot be read.", str(path), did_you_mean(family, FAMILIES))
     return family, raw
+
+
+def _fitting(config: Any, tokenizer: Any, family: str) -> str:
+    """The family that can hold a model and its tokenizer."""
+    if isinstance(config, PatchConfig):
+        return hub_vit.family_of(config, family)
+    check_padding(config, tokenizer)
+    return (hub_bert.family_of if hub_bert.holds(config) else family_of)(config, family)
+
+
+def _described(folder: Path, family: str, config: Any, tokenizer: Any, labels: Sequence[str]) -> dict[str, Any]:
+    """Write what turns texts or images into inputs; returns what config.json says of the model."""
+    if family in VISION:
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        return hub_vit.options_to(family, config, tokenizer)
+    raw = hub_bert.options_to(family, config, labels) if family in hub_bert.FAMILIES else options_to(family, config)
+    return raw | special(folder, config, tokenizer)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -176,16 +229,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _newer(name: str) -> str:
+    return next((name.removesuffix(old) + new for old, new in OLD_NAMES.items() if name.endswith(old)), name)
 
 
-def _open(folder: Path) -> dict[str, Any]:
-    """name -> the open file that holds it, over all shards; buffers are left out."""
+def _open(folder: Path) -> dict[str, Held]:
+    """name -> where it is, over all shards; buffers are left out."""
     files = ["model.safetensors"]
     if (folder / INDEX).is_file():
         files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
-    held: dict[str, Any] = {}
+    held: dict[str, Held] = {}
     for name in files:
         path = folder / name
         if not path.is_file():
@@ -195,7 +248,7 @@ def _open(folder: Path) -> dict[str, Any]:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise UserError(f"is not a safetensors file: {error}.", str(path), "Fetch it again.") from None
-        held |= {key: file for key in file.keys() if not key.endswith(BUFFERS)}  # noqa: SIM118
+        held |= {_newer(key): Held(file, key) for key in file.keys() if not key.endswith(BUFFERS)}  # noqa: SIM118
     return held
 
 
@@ -242,38 +295,6 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(what, str(folder), "Choose another folder.")
 
 
-def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[str, Any]:
-    """Write the tokenizer, and how to load and generate with it; returns the special ids of config.json.
-
-    The padding id is a matter of generation only: in config.json it would make transformers freeze the embedding of
-    the end of text.
-    """
-    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    if tokenizer is None:
-        return ids
-    tokenizer.save(folder)
-    end = getattr(tokenizer, "end", None)
-    if end is None:
-        return ids
-    own = getattr(tokenizer, "special_ids", lambda: None)()
-    if own is not None:
-        # A tokenizer with a chat template has written all its files, and its texts begin as the template says.
-        return ids | own
-    ids |= {"bos_token_id": end, "eos_token_id": end}
-    _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
-    file, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    if file.is_file():
-        begin_texts(file, end)
-    if file.is_file() and not path.exists():
-        # Without a class, transformers takes the family's own and with it another way of splitting text.
-        token = tokenizer.decode([end])
-        inputs = ["input_ids", "attention_mask"]
-        _write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token, "eos_token": token,
-                           "model_max_length": config.context, "model_input_names": inputs,
-                           "clean_up_tokenization_spaces": False})  # fmt: skip
-    return ids
-
-
 def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
     """Weights in one file, or in several with an index; only one file's transposed copies exist at a time."""
     shards: list[list[str]] = [[]]
@@ -291,7 +312,7 @@ def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in named.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _replace(folder: Path, partial: Path) -> None:

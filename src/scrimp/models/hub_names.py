@@ -25,11 +25,13 @@ class Family:
     Attributes:
         root: prefix of everything but the head.
         read: their tensors -> ours. write: ours -> theirs.
+        head: the tensor that is the embedding's when tied.
     """
 
     root: str
     read: Callable[[Weights, TransformerConfig], Weights]
     write: Callable[[Weights, TransformerConfig], Weights]
+    head: str = "lm_head.weight"
 
 
 def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:

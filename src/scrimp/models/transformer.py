@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.models.config import Trunk
 from scrimp.models.dropout import Dropout
-from scrimp.models.layers import Block, Embedding, Norm, rotary
+from scrimp.models.layers import Block, Embedding, Norm, activated, rotary
 from scrimp.models.presets import expand
 from scrimp.models.seams import CrossEntropy, Linear
 
@@ -24,7 +23,8 @@ Head = Literal["", "lm", "mlm", "classes", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(Trunk):
-    """Options of a Transformer. `vocab`, `context` and `classes` of 0 are taken from the data, `head` from the task."""
+    """Options of a Transformer. What is 0 or empty is taken from the data (`vocab`, `context`, `classes`) or from the
+    task (`head`, `pooling`)."""
 
     expand: ClassVar[object] = staticmethod(expand)
     vocab: int = 0
@@ -51,10 +51,10 @@ class TransformerConfig(Trunk):
     """lm: logits of tokens; mlm: with BERT's transform before; classes: of the pooled sequence; none: pooled states."""
     classes: int = 0
     """Outputs of the `classes` head."""
-    pooling: Literal["first", "mean", "last"] = "first"
-    """Which states stand for the sequence, where the head wants one."""
+    pooling: Literal["", "first", "mean", "last"] = ""
+    """Which states stand for the sequence, where the head wants one; empty means as the task says, or the first."""
     pooler: bool = False
-    """A linear layer and tanh over the pooled state, as BERT has."""
+    """A linear layer and tanh over the first state, as BERT has; not with another `pooling`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +63,11 @@ class TransformerConfig(Trunk):
                 raise UserError(f"{name} must be at least 0, not {getattr(self, name)}.")
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head width, not {self.head_dim}.")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether there is a pooler, where the head wants a state of the sequence."""
+        return self.pooler and self.pooling in ("", "first")
 
     def build(self) -> Transformer:
         """The model, on the default device, uninitialized."""
@@ -74,11 +79,12 @@ class Transform(nn.Module):
 
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
+        self.activation = c.activation
         self.dense = Linear(c.width, c.width, c.bias, c.init_std)
         self.norm = Norm(c.width, c.norm, c.norm_eps, c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.dense(x)))
+        return self.norm(activated(self.dense(x), self.activation))
 
 
 class Transformer(nn.Module):
@@ -107,7 +113,7 @@ class Transformer(nn.Module):
                 self.head.weight = self.embed.weight
             self.head_loss: nn.Module = CrossEntropy()
             return
-        if c.pooler:
+        if c.pooled:
             self.pooler = Linear(c.width, c.width, True, c.init_std)
         if c.head == "classes":
             self.head = Linear(c.width, c.classes, bias=True, std=c.init_std)
@@ -181,16 +187,14 @@ class Transformer(nn.Module):
 
     def pooled(self, x: Tensor, attended: Tensor | None) -> Tensor:
         """States [B, T, C] -> what stands for the sequence, [B, C]."""
-        if self.config.pooling == "first":
-            y = x[:, 0]
-        elif attended is None:
-            y = x[:, -1] if self.config.pooling == "last" else x.mean(1)
-        elif self.config.pooling == "last":
-            y = x[torch.arange(len(x), device=x.device), attended.sum(1) - 1]
-        else:
-            count = attended[..., None].to(x.dtype)
-            y = (x * count).sum(1) / count.sum(1)
-        return torch.tanh(self.pooler(y)) if self.config.pooler else y
+        if self.config.pooling in ("", "first"):
+            return torch.tanh(self.pooler(x[:, 0])) if self.config.pooler else x[:, 0]
+        if attended is None:
+            return x[:, -1] if self.config.pooling == "last" else x.mean(1)
+        if self.config.pooling == "last":
+            return x[torch.arange(len(x), device=x.device), attended.sum(1) - 1]
+        count = attended[..., None].to(x.dtype)
+        return (x * count).sum(1) / count.sum(1)
 
 
 def counted(x: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
