@@ -117,8 +117,8 @@ def read_weights(folder: str | Path, config: Any) -> dict[str, Tensor]:
     if faults:
         raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
     weights = family.read({full[name]: held[name].tensor() for name in wanted}, config)
-    read = head is not None and config.head not in ("classes", "none")
-    if read and not torch.equal(head.tensor(), weights["embed.weight"]):
+    read = getattr(config, "head", "") not in ("classes", "none")
+    if read and head is not None and not torch.equal(head.tensor(), weights["embed.weight"]):
         fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
         raise UserError(f"{family.head} differs from the embedding, to which config.json ties it.", str(folder), fix)
     return weights
