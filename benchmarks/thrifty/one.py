@@ -27,7 +27,12 @@ def main(path: str, tokens: int, seed: int, more: list[str]) -> dict[str, Any]:
         ]  # fmt: skip
         recipe = Recipe.load(path, [*more, *fixed])
         train(recipe)
-        return {"tokens": tokens, "seed": seed, "more": more, **measured(Path(out) / "run", recipe.data.open())}
+        return {
+            "tokens": tokens,
+            "seed": seed,
+            "more": more,
+            **measured(Path(out) / "run", recipe.data.open(), recipe.task),
+        }
 
 
 if __name__ == "__main__":

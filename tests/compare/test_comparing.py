@@ -13,6 +13,7 @@ from scrimp.compareview import text
 from scrimp.comparing import Comparison, measured, reach, summary
 from scrimp.errors import UserError
 from scrimp.recipe import Recipe
+from scrimp.tasks.causal_lm import CausalLM
 from tiny import TinyData, example, recipe
 
 
@@ -120,12 +121,12 @@ def test_the_clock_leaves_out_first_steps(tmp_path: Path) -> None:
     lines = [{"step": n, "stage": stage, "seconds": s, **shared} for n, stage, s in steps]
     lines.append({"step": 5, "validation_loss": 3.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = measured(tmp_path, TinyData().open())
+    found = measured(tmp_path, TinyData().open(), CausalLM())
     assert found["seconds"] == pytest.approx(1.1 + 1.0 + 1.2 + 2.0 + 2.0)
     assert found["tokens"] == 50 and found["loss"] == 3.0
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
     with pytest.raises(UserError, match="needs validation"):
-        measured(tmp_path, TinyData().open())
+        measured(tmp_path, TinyData().open(), CausalLM())
 
 
 @pytest.mark.slow
