@@ -9,6 +9,7 @@ import torch
 
 from scrimp.agree import configured
 from scrimp.clock import Clock
+from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
 from scrimp.products import fast_products
@@ -49,17 +50,22 @@ def evaluate(place: str | Path, batches: int = 0) -> dict[str, float]:
 
 
 def continue_text(place: str | Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model adds to it."""
-    from scrimp.models.generate import generate
+    """The prompt and what the model adds to it; of an encoder-decoder, what it writes of the prompt.
+
+    Raises:
+        UserError: if the model does not write.
+    """
+    from scrimp.models.generate import written
 
     run = open_run(place, corpus=False)
-    tokenizer = run.data.tokenizer
-    ids = torch.tensor([tokenizer.end, *tokenizer.encode(prompt)], device=run.device)
     chance = torch.Generator(run.device).manual_seed(seed)
+    tokenizer = run.data.tokenizer
     assert run.evaluate is not None
     with fast_products():
-        out = run.evaluate(lambda model: generate(model, ids, tokens, temperature, chance, tokenizer.end))
-    return tokenizer.decode([i for i in out.tolist() if i != tokenizer.end])
+        text = run.evaluate(lambda model: written(model, tokenizer, prompt, tokens, temperature, chance))
+    if text is None:
+        raise UserError("the model writes no text.", str(place), "Use a run of a decoder or an encoder-decoder.")
+    return text
 
 
 def export(place: str | Path, out: str | Path) -> Path:

@@ -22,9 +22,22 @@ from scrimp.technique import SLOTS, Card, Technique
 
 HERE = Path(__file__).parent / "techniques"
 BUILT_IN = {
-    "models": {"transformer": "scrimp.models.transformer:TransformerConfig"},
-    "tasks": {"causal-lm": "scrimp.tasks.causal_lm:CausalLM"},
-    "datasets": {"text": "scrimp.data.text:TextData"},
+    "models": {
+        "transformer": "scrimp.models.transformer:TransformerConfig",
+        "encoder_decoder": "scrimp.models.encoder_decoder:EncoderDecoderConfig",
+        "two_towers": "scrimp.models.two_towers:TwoTowersConfig",
+    },
+    "tasks": {
+        "causal-lm": "scrimp.tasks.causal_lm:CausalLM",
+        "seq2seq": "scrimp.tasks.seq2seq:Seq2Seq",
+        "denoise": "scrimp.tasks.denoise:Denoise",
+        "contrastive": "scrimp.tasks.contrastive:Contrastive",
+    },
+    "datasets": {
+        "text": "scrimp.data.text:TextData",
+        "parallel": "scrimp.data.parallel:ParallelData",
+        "image_text": "scrimp.data.image_text:ImageTextData",
+    },
 }
 
 BROKEN = "Ask its authors to mend it, or uninstall it."

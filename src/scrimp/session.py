@@ -6,17 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.meter import memory_peak
-from scrimp.models.generate import generate
+from scrimp.models.generate import written
 from scrimp.restore import fingerprint
 from scrimp.run import Run
 
@@ -130,18 +130,12 @@ def non_finite(run: Run, value: float) -> UserError:
 
 
 def sample(run: Run) -> str:
-    """A text from the model, when it is a causal one with a tokenizer."""
+    """A text from the model, when it writes and has a tokenizer."""
     wanted, tokenizer = run.recipe.sample, getattr(run.data, "tokenizer", None)
-    config = getattr(run.model, "config", None)
-    writes = getattr(config, "causal", False) and getattr(config, "head", "lm") in ("", "lm")
-    if not wanted.tokens or tokenizer is None or not writes:
+    if not wanted.tokens or tokenizer is None:
         return ""
     assert run.evaluate is not None
-    prompt = [tokenizer.end, *tokenizer.encode(wanted.prompt)]
     chance = torch.Generator(run.device).manual_seed(run.seed)
-
-    def job(model: nn.Module) -> list[int]:
-        ids = torch.tensor(prompt, device=run.device)
-        return generate(model, ids, wanted.tokens, wanted.temperature, chance, tokenizer.end).tolist()
-
-    return tokenizer.decode([i for i in run.evaluate(job) if i != tokenizer.end])
+    job = partial(written, tokenizer=tokenizer, prompt=wanted.prompt, count=wanted.tokens,
+                  temperature=wanted.temperature, generator=chance)  # fmt: skip
+    return run.evaluate(job) or ""

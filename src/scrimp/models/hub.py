@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json and safetensors, sharded too, without importing transformers.
 
-Families: GPT-2, Llama, Mistral, Qwen2, Qwen3. `hub_config.py` says how each calls its options, `hub_names.py` how it
-calls its tensors.
+Families: GPT-2, Llama, Mistral, Qwen2, Qwen3, BART, CLIP. `hub_formats.py` says which model each holds, and how it calls
+its options and tensors.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scrimp.checkpoint import save_tensors
-from scrimp.data.tokenizer import begin_texts
+from scrimp.data.tokenizer import frame_texts
 from scrimp.errors import UserError, did_you_mean
-from scrimp.models.hub_config import family_of, options_from, options_to
-from scrimp.models.hub_names import FAMILIES, tensors
+from scrimp.models.hub_formats import Format, choose, format_of, kind_of, known
+from scrimp.registry import component, component_name
 
 if TYPE_CHECKING:
-    from scrimp.models.transformer import Transformer, TransformerConfig
+    from torch import nn
 
 MARK: Final = "scrimp"
 """Key of config.json that lists the files of a folder that we wrote, so that it may be written again."""
-HEAD: Final = "lm_head.weight"
 INDEX: Final = "model.safetensors.index.json"
-BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+BUFFERS: Final = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 """Endings of what older versions saved beside the weights."""
 
 
@@ -37,9 +36,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The options of a folder's model.
 
     Raises:
-        UserError: if there is no config.json, or it asks for something the Transformer does not do.
+        UserError: if there is no config.json, or it asks for something that the model does not do.
     """
-    return options_from(*_family(Path(folder)), f"{folder}/config.json")
+    model_type, raw = _config(Path(folder))
+    return format_of(model_type).options_from(raw, f"{folder}/config.json")
 
 
 def read_kind(folder: str | Path) -> str:
@@ -48,43 +48,42 @@ def read_kind(folder: str | Path) -> str:
     Raises:
         UserError: if there is no config.json, or of a type that cannot be read.
     """
-    _family(Path(folder))
-    return "transformer"
+    return kind_of(_config(Path(folder))[0])
 
 
-def read_weights(folder: str | Path, config: TransformerConfig) -> dict[str, Tensor]:
+def read_weights(folder: str | Path, config: Any) -> dict[str, Tensor]:
     """A folder's weights under our names, in the types of its files and memory-mapped until they are used.
 
-    Only the fused q, k and v are copied. A tied head is left out.
+    Only what is fused here, such as q, k and v, is copied. Copies of a tied embedding are left out.
 
     Raises:
         UserError: with every missing, unexpected and misshapen tensor, by the folder's names.
     """
     folder = Path(folder)
-    model_type, _ = _family(folder)
-    family, expected = FAMILIES[model_type], tensors(model_type, config)
+    form = format_of(_config(folder)[0])
+    expected, copies = form.tensors(config), form.copies(config)
     held = _open(folder)
     # Base models are saved without the root: `h.0...` instead of `transformer.h.0...`.
-    root = "" if any(name.startswith(family.root) for name in held) else family.root
-    wanted = {name.removeprefix(root): shape for name, shape in expected.items()}
-    head = held.pop(HEAD, None) if config.tied else None
+    root = "" if any(name.startswith(form.root) for name in held) else form.root
+    wanted = {name.removeprefix(root): name for name in expected}
+    spare = {name: held.pop(name) for name in [n.removeprefix(root) for n in (*copies, *form.zeros)] if name in held}
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in held.items()}
-    faults = _misfit(wanted, shapes)
+    faults = _misfit({name: expected[full] for name, full in wanted.items()}, shapes)
     if faults:
         raise UserError(f"the weights do not fit the configuration. {faults}.", str(folder))
-    full = {name: name if name == HEAD else root + name for name in wanted}
-    weights = family.read({full[name]: held[name].get_tensor(name) for name in wanted}, config)
-    if head is not None and not torch.equal(head.get_tensor(HEAD), weights["embed.weight"]):
-        fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
-        raise UserError(f"{HEAD} differs from the embedding, to which config.json ties it.", str(folder), fix)
+    weights = form.read({full: held[name].get_tensor(name) for name, full in wanted.items()}, config)
+    for name, file in spare.items():
+        if name in form.zeros and file.get_tensor(name).any():
+            raise UserError(f"{name} is not zero, and the model has none.", str(folder))
+        if name not in form.zeros and not torch.equal(file.get_tensor(name), weights["embed.weight"]):
+            fix = "Set `tie_word_embeddings` to false in config.json, if the head shall be kept."
+            raise UserError(f"{name} differs from the embedding, to which config.json ties it.", str(folder), fix)
     return weights
 
 
-def loaded(folder: str | Path) -> Transformer:
+def loaded(folder: str | Path) -> nn.Module:
     """A folder's model with its weights, in float32, for use outside a run."""
-    from scrimp.models.transformer import TransformerConfig
-
-    config = TransformerConfig(**read_config(folder))
+    config = component("models", read_kind(folder), "model")(**read_config(folder))
     model = config.build()
     weights = read_weights(folder, config)
     with torch.no_grad():
@@ -95,7 +94,7 @@ def loaded(folder: str | Path) -> Transformer:
 
 def write(
     folder: str | Path,
-    config: TransformerConfig,
+    config: Any,
     named: Mapping[str, Tensor],
     tokenizer: Any = None,
     family: str = "",
@@ -116,15 +115,17 @@ def write(
             or it cannot be written.
     """
     folder = Path(folder).resolve()
-    family = family_of(config, family)
-    theirs = FAMILIES[family].write(_checked(config, named, folder), config)
+    family = choose(component_name("models", config), config, family)
+    form = format_of(family)
+    raw = form.options_to(config)
+    theirs = form.write(_checked(config, named, folder), config)
     _refuse_foreign(folder)
     partial = folder.parent / f".partial-{folder.name}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _save(partial, theirs, shard_bytes)
-        raw = options_to(family, config) | _special(partial, config, tokenizer)
+        raw = raw | _special(partial, raw, config, tokenizer, form)
         dtype = str(next(iter(theirs.values())).dtype).removeprefix("torch.")
         files = sorted([*(p.name for p in partial.iterdir()), "config.json"])
         # Before 4.56, transformers called the type torch_dtype.
@@ -137,14 +138,14 @@ def write(
     return family
 
 
-def _family(folder: Path) -> tuple[str, dict[str, Any]]:
+def _config(folder: Path) -> tuple[str, dict[str, Any]]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError("there is no config.json.", str(folder), "Give a Hugging Face model folder.")
     raw = _read_json(path)
     family = str(raw.get("model_type"))
-    if family not in FAMILIES:
-        raise UserError(f"models of type `{family}` cannot be read.", str(path), did_you_mean(family, FAMILIES))
+    if family not in known():
+        raise UserError(f"models of type `{family}` cannot be read.", str(path), did_you_mean(family, known()))
     return family, raw
 
 
@@ -194,10 +195,11 @@ def _misfit(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int
     return "; ".join(parts)
 
 
-def _checked(config: TransformerConfig, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _checked(config: Any, named: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """The weights, if they are exactly the model's; a tied head that equals the embedding is dropped."""
     ours = {name: tensor.detach() for name, tensor in named.items()}
-    if config.tied and "head.weight" in ours and torch.equal(ours["head.weight"], ours["embed.weight"]):
+    head = ours.get("head.weight") if getattr(config, "tied", False) else None
+    if head is not None and torch.equal(head, ours["embed.weight"]):
         del ours["head.weight"]
     with torch.device("meta"):
         wanted = {name: tuple(p.shape) for name, p in config.build().named_parameters()}
@@ -223,8 +225,8 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(what, str(folder), "Choose another folder.")
 
 
-def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[str, Any]:
-    """Write the tokenizer, and how to load and generate with it; returns the special ids of config.json.
+def _special(folder: Path, raw: dict[str, Any], config: Any, tokenizer: Any, form: Format) -> dict[str, Any]:
+    """Write the tokenizer, and how to load and generate with it; returns what config.json says of special ids.
 
     The padding id is a matter of generation only: in config.json it would make transformers freeze the embedding of
     the end of text.
@@ -236,11 +238,12 @@ def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[st
     end = getattr(tokenizer, "end", None)
     if end is None:
         return ids
-    ids |= {"bos_token_id": end, "eos_token_id": end}
+    ids |= {"bos_token_id": end, "eos_token_id": end} | dict.fromkeys(form.special.get("", ()), end)
     _write_json(folder / "generation_config.json", ids | {"pad_token_id": end})
+    sections = {name: raw[name] | dict.fromkeys(keys, end) for name, keys in form.special.items() if name}
     file, path = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if file.is_file():
-        begin_texts(file, end)
+        frame_texts(file, end, after=form.ends)
     if file.is_file() and not path.exists():
         # Without a class, transformers takes the family's own and with it another way of splitting text.
         token = tokenizer.decode([end])
@@ -248,7 +251,7 @@ def _special(folder: Path, config: TransformerConfig, tokenizer: Any) -> dict[st
         _write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token, "eos_token": token,
                            "model_max_length": config.context, "model_input_names": inputs,
                            "clean_up_tokenization_spaces": False})  # fmt: skip
-    return ids
+    return ids | sections
 
 
 def _save(folder: Path, named: Mapping[str, Tensor], shard_bytes: int) -> None:

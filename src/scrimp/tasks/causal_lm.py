@@ -19,6 +19,8 @@ class CausalLM:
     """Loss: cross entropy of the next token, summed over tokens whose target is not -100."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
+    needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    models: ClassVar[tuple[str, ...]] = ("transformer",)
     label_smoothing: float = 0.0
     """Share of the target's probability spread evenly over the vocabulary, in training only."""
 

@@ -1,0 +1,289 @@
+"""Records of .jsonl, .tsv and .parquet files, and what is shared by data sets of items that are not one stream.
+
+A faulty item is left out, counted and named; when there are more than a share of such items, that is an error.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from scrimp.data.cache import content_hash
+from scrimp.data.tokenizer import END, Tokenizer, bytes_tokenizer, train_bpe
+from scrimp.errors import UserError, did_you_mean
+
+KINDS: Final = (".jsonl", ".tsv", ".parquet")
+NAMED: Final = 5
+"""Faulty items that are named; the others are only counted."""
+BPE_SAMPLE: Final = 200_000_000
+"""Characters that a BPE is trained on at most."""
+
+
+@dataclass
+class Faults:
+    """Items that were left out."""
+
+    share: float
+    """Of all items that may be faulty."""
+    total: int = 0
+    """Items seen, the faulty ones too."""
+    count: int = 0
+    first: list[str] = field(default_factory=list[str])
+    """Where and why, of a few."""
+
+    def add(self, place: str, reason: str) -> None:
+        """An item that is left out."""
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(f"{place}: {reason}")
+
+    def check(self, where: str = "data.source") -> None:
+        """Tell of what was left out, on stderr.
+
+        Raises:
+            UserError: if there was no item, or too many were faulty.
+        """
+        named = "; ".join(self.first) + (f"; and {self.count - NAMED} more" if self.count > NAMED else "")
+        if self.total == self.count:
+            raise UserError(f"no item can be used. {named}".strip(), where, "Give some that can.")
+        if self.count > self.share * self.total:
+            what = f"{self.count} of {self.total} items are faulty, more than {self.share:.3g} of them. {named}."
+            raise UserError(what, where, "Mend or remove them, or raise `data.skip`.")
+        if self.count:
+            sys.stderr.write(f"scrimp: {self.count} of {self.total} items were left out. {named}.\n")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An opened data set of items, or its sizes."""
+
+    train: Any
+    validation: Any
+    tokenizer: Any
+    gives: tuple[str, ...]
+    """What its items hold."""
+    sizes: dict[str, int]
+    meta: dict[str, Any] = field(default_factory=dict[str, Any])
+    note: str = ""
+    """What a plan should say of sizes that are estimates."""
+
+
+@dataclass(frozen=True)
+class Blanks:
+    """Items of zeros, as many as a data set is thought to have."""
+
+    count: int
+    context: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """Name of an array -> its shape without the batch; numbers are float32 where there are three axes, else int64."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, ids: np.ndarray, sample: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Items as a task takes them; lengths are the longest."""
+        return {
+            name: np.zeros((len(ids), *shape), dtype=np.float32 if len(shape) == 3 else np.int64)
+            if shape
+            else np.full(len(ids), self.context)
+            for name, shape in self.shapes.items()
+        }
+
+
+def records(files: Iterable[Path], faults: Faults, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of each line or row; those that cannot be read are faults.
+
+    The first line of a .tsv file names its columns, unless the wanted fields are numbers: then they are those of
+    columns, from 0.
+
+    Args:
+        wanted: names of the fields.
+    Raises:
+        UserError: if a file cannot be read at all.
+    """
+    for path in files:
+        kind = path.suffix.lower()
+        if kind == ".jsonl":
+            yield from _lines(path, faults)
+        elif kind == ".tsv":
+            yield from _table(path, faults, all(name.isdigit() for name in wanted))
+        elif kind == ".parquet":
+            yield from _columns(path, faults)
+        else:
+            raise UserError("is not a file of records.", str(path), f"Give one of {', '.join(KINDS)}.")
+
+
+def _lines(path: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            if not raw.strip():
+                continue
+            place = f"{path}, line {number}"
+            faults.total += 1
+            try:
+                record = json.loads(raw.removeprefix(b"\xef\xbb\xbf"))
+            except (ValueError, RecursionError):
+                faults.add(place, "is not JSON")
+                continue
+            if isinstance(record, dict):
+                yield place, record
+            else:
+                faults.add(place, f"is not a record but a {type(record).__name__}")
+
+
+def _table(path: Path, faults: Faults, numbered: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    names: list[str] = []
+    # Bytes that are not UTF-8 become lone surrogates, which `text_of` finds in the fields that matter.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            row = line.rstrip("\r\n").split("\t")
+            if row == [""]:
+                continue
+            if not numbered and not names:
+                names = row
+                continue
+            faults.total += 1
+            if numbered:
+                names = [str(i) for i in range(len(row))]
+            yield f"{path}, line {number}", dict(zip(names, row, strict=False))
+
+
+def _columns(path: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("pyarrow is not installed.", str(path), "pip install 'scrimp[data]'.") from None
+    try:
+        file = parquet.ParquetFile(path, buffer_size=2**20)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"is not a parquet file: {error}.", str(path)) from None
+    number = 0
+    with file:
+        for batch in file.iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                number += 1
+                faults.total += 1
+                yield f"{path}, row {number}", record
+
+
+def text_of(record: Mapping[str, Any], name: str) -> str:
+    """A field's text; `translation.en` is a field of a field.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    value: Any = record
+    for part in [name] if name in record else name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            known = [str(key) for key, found in record.items() if isinstance(found, str)]
+            raise ValueError(f"has no field `{name}`. {did_you_mean(name, known)}".strip())
+        value = value[part]
+    if not isinstance(value, str):
+        raise ValueError(f"its field `{name}` is not text but {json.dumps(value, default=str)[:40]}")
+    if not value.strip():
+        raise ValueError(f"its field `{name}` is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"its field `{name}` is not Unicode") from None
+    return value
+
+
+def tokenizer_of(kind: str, vocab: int, end: str, texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that a data set's settings ask for.
+
+    Args:
+        kind: bytes; bpe, trained on the texts; or the path of a tokenizer.json or of a folder that has one.
+    Raises:
+        UserError: if there is no such tokenizer.
+    """
+    if kind == "bytes":
+        return bytes_tokenizer()
+    if kind != "bpe":
+        try:
+            return Tokenizer.read(Path(kind).expanduser(), end)
+        except UserError as error:
+            raise UserError(error.what, f"data.tokenizer ({error.where})", error.fix) from None
+    return train_bpe(_up_to(iter(texts), BPE_SAMPLE), vocab)
+
+
+def _up_to(texts: Iterator[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        if characters <= 0:
+            return
+        characters -= len(text)
+        yield text
+
+
+def tokenizer_key(kind: str, vocab: int, end: str, root: Path) -> list[Any]:
+    """What a tokenizer is a function of, beside the texts."""
+    if kind in ("bytes", "bpe"):
+        return [kind, vocab if kind == "bpe" else 0]
+    given = Path(kind).expanduser()
+    file = given / "tokenizer.json" if given.is_dir() else given
+    return [content_hash([file], root) if file.is_file() else [str(file)], end]
+
+
+def end_token(kind: str, end: str) -> str:
+    """The end-of-text token of a tokenizer that was made of such settings."""
+    return END if kind in ("bytes", "bpe") else end
+
+
+def clipped(tokenizer: Tokenizer, texts: list[str], context: int) -> tuple[list[np.ndarray], int]:
+    """Ids of texts with the end token after each, at most `context`; and how many texts were cut."""
+    found = tokenizer.encode_batch(texts)
+    cut = sum(len(ids) >= context for ids in found)
+    return [np.array([*ids[: context - 1], tokenizer.end], dtype=np.int64) for ids in found], cut
+
+
+def edge_of(marks: list[int], holdout: float) -> int:
+    """Items whose fingerprint is below this are held out: about a share of them, and at least one on each side.
+
+    Raises:
+        UserError: if all items are alike.
+    """
+    edge, lowest, highest = round(holdout * 2**64), min(marks), max(marks)
+    if lowest == highest:
+        raise UserError("there is only one item, and one more must be held out.", "data.source", "Give at least two.")
+    return min(max(edge, lowest + 1), highest)
+
+
+def distinct(named: Mapping[str, Any]) -> str:
+    """A short name for settings and contents: equal exactly when they are."""
+    return hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def found_files(source: str, kinds: tuple[str, ...]) -> list[Path]:
+    """The files of a source: a file, a folder (searched through for some endings) or a glob; sorted.
+
+    Raises:
+        UserError: if there are none.
+    """
+    place = Path(source).expanduser()
+    if place.is_dir():
+        files = [p for p in place.rglob("*") if p.suffix.lower() in kinds and p.is_file()]
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(place).parts)]
+    else:
+        files = [place] if place.is_file() else [Path(p) for p in glob.glob(str(place), recursive=True)]
+        files = [p for p in files if p.is_file()]
+    if not files:
+        fix = f"Give a file, a folder or a glob with {', '.join(kinds)}."
+        raise UserError(f"`{source}` has no data.", "data.source", fix)
+    return sorted(set(files))
+
+
+def take(texts: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of so many of them, the last one shorter."""
+    source = iter(texts)
+    while batch := list(islice(source, size)):
+        yield batch
