@@ -1,7 +1,7 @@
 """Hugging Face folders in and out: config.json and safetensors, sharded too, without importing transformers.
 
-Families: GPT-2, Llama, Mistral, Qwen2, Qwen3, BART, CLIP. `hub_formats.py` says which model each holds, and how it calls
-its options and tensors.
+Families: GPT-2, Llama, Mistral, Qwen2, Qwen3, BART, CLIP. `hub_formats.py` says which model each holds, and how it
+calls its options and tensors.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def write(ours: Weights, c: TwoTowersConfig) -> Weights:
     outer, inner, towers = ({v: k for k, v in table.items()} for table in (OUTER, LAYER, TOWERS))
     for name, tensor in ours.items():
         if name in outer:
-            square = (len(tensor), c.channels, c.patch, c.patch)
+            square = (-1, c.channels, c.patch, c.patch)
             theirs[outer[name]] = tensor.reshape(square) if outer[name] == PATCHES else tensor
             continue
         path, layer, module, part = _split(name)
