@@ -16,6 +16,7 @@ from scrimp.errors import UserError
 from scrimp.models import hub
 from scrimp.models.presets import PRESETS
 from scrimp.models.two_towers import TwoTowers, TwoTowersConfig
+from scrimp.weights import initialize
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -78,8 +79,6 @@ def test_vectors_equal_both_ways(changes: dict[str, Any], tmp_path: Path) -> Non
 def test_a_written_folder_reads_texts_at_their_end(tmp_path: Path) -> None:
     config = TwoTowersConfig(**{**hub_options(), "vocab": 257})
     model = config.build()
-    from scrimp.weights import initialize
-
     initialize(model, 0)
     hub.write(tmp_path / "out", config, named(model), bytes_tokenizer())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

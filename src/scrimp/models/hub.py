@@ -248,9 +248,10 @@ def _special(folder: Path, raw: dict[str, Any], config: Any, tokenizer: Any, for
         # Without a class, transformers takes the family's own and with it another way of splitting text.
         token = tokenizer.decode([end])
         inputs = ["input_ids", "attention_mask"]
+        padding = {"pad_token": token} if form.ends else {}
         _write_json(path, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token, "eos_token": token,
                            "model_max_length": config.context, "model_input_names": inputs,
-                           "clean_up_tokenization_spaces": False})  # fmt: skip
+                           "clean_up_tokenization_spaces": False, **padding})  # fmt: skip
     return ids | sections
 
 
