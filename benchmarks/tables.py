@@ -71,12 +71,16 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-def part_keys(key: str) -> str:
-    """Every setting of our own model, task or data set."""
+def part_keys(key: str, group: str) -> str:
+    """Every setting of our own models, tasks or data sets: a table for each."""
+    from scrimp.registry import BUILT_IN
     from scrimp.schema import schema
 
-    found = schema()["properties"][key]["anyOf"][1]["properties"]
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
+    parts: list[str] = []
+    for name, found in zip(BUILT_IN[group], schema()["properties"][key]["anyOf"][1:], strict=True):
+        lines = ["| key | default | meaning |", "|---|---|---|", *keys(found["properties"], f"{key}.")]
+        parts.append("\n".join([f"`{name}`:", "", *lines]))
+    return "\n\n".join(parts)
 
 
 def presets() -> str:
@@ -150,9 +154,10 @@ def catalogue() -> str:
 
 
 WRITERS: Final[dict[str, Callable[[], str]]] = {
-    "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
-    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue,
+    "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model", "models"),
+    "data": lambda: part_keys("data", "datasets"),
+    "task": lambda: part_keys("task", "tasks"), "presets": presets, "parameters": parameters, "names": names,
+    "plan": plans, "catalogue": catalogue,
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from scrimp.data.pictures import decoded
 from scrimp.errors import UserError
 
 Image: Any = pytest.importorskip("PIL.Image")
-PLAIN = {"mean": (0.0, 0.0, 0.0), "deviation": (1.0, 1.0, 1.0)}
+PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "deviation": (1.0, 1.0, 1.0)}
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,8 @@ def test_classes_are_read_as_texts() -> None:
 
 def towers(**options: Any) -> nn.Module:
     sizes = {"vocab": 32, "context": 8, "image": 16, "channels": 3}
-    model = TwoTowersConfig(**{k: v for k, v in (MODEL | sizes | options).items() if k != "name"}).build()
+    given: dict[str, Any] = {**MODEL, **sizes, **options}
+    model = TwoTowersConfig(**{k: v for k, v in given.items() if k != "name"}).build()
     initialize(model, 0)
     return model.eval().requires_grad_(False)
 
@@ -107,7 +108,8 @@ def test_patches_are_a_convolution() -> None:
     tower = towers().get_submodule("image")
     images, weight = torch.randn(2, 3, 16, 16), tower.get_parameter("patches.weight")
     kept: list[Tensor] = []
-    tower.get_submodule("patches").register_forward_hook(lambda module, given, out: kept.append(out))
+    patches: Any = tower.get_submodule("patches")
+    patches.register_forward_hook(lambda module, given, out: kept.append(out))
     tower(images)
     expected = F.conv2d(images, weight.view(16, 3, 8, 8), stride=8).flatten(2).transpose(1, 2)
     torch.testing.assert_close(kept[0], expected)

@@ -25,7 +25,7 @@ ITEMS = {"source": np.array([[4, 5, 0, 9], [6, 0, 9, 9]]), "source_length": np.a
 
 
 def model(**options: Any) -> EncoderDecoder:
-    made = EncoderDecoderConfig(**SIZES | {"init_std": 0.2} | options).build()
+    made = EncoderDecoderConfig(**{**SIZES, "init_std": 0.2, **options}).build()
     initialize(made, 0)
     return made.eval().requires_grad_(False)
 

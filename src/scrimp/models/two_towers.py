@@ -78,9 +78,9 @@ class TwoTowersConfig(Trunk):
 
     def image_trunk(self) -> Trunk:
         """The options of the image tower's blocks."""
-        own = {"layers": self.image_layers or self.layers, "width": self.image_width or self.width,
+        own: dict[str, Any] = {"layers": self.image_layers or self.layers, "width": self.image_width or self.width,
                "heads": self.image_heads or self.heads, "hidden": self.image_hidden}  # fmt: skip
-        return Trunk(**self._shared() | own | {"kv_heads": 0, "head_width": 0})
+        return Trunk(**{**self._shared(), **own, "kv_heads": 0, "head_width": 0})
 
     def text_options(self) -> TransformerConfig:
         """The options of the text tower."""

@@ -51,8 +51,8 @@ class PairsTask:
 
     def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
         """A batch from `source` [B, S] and `target` [B, T], each with `_length` [B], and the samples' numbers [B]."""
-        names = ("source", "source_length", "target", "target_length")
-        return pair_batch(*(torch.from_numpy(items[name]) for name in names), self.start, torch.from_numpy(sample))
+        arrays = {name: torch.from_numpy(array) for name, array in items.items()}
+        return pair_batch(**arrays, start=self.start, sample=torch.from_numpy(sample))
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         """How many targets the summed loss sums over: int64, a scalar."""
