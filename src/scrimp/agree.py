@@ -32,7 +32,7 @@ def configured(recipe: Recipe, data: Any) -> Any:
         UserError: if the model does not fit the data or the task.
     """
     config: Any = recipe.model
-    if not is_dataclass(config) or isinstance(config, type):
+    if not is_dataclass(recipe.model) or isinstance(recipe.model, type):
         return config
     _check_kind(recipe.task, config)
     known = {f.name for f in fields(config)}
