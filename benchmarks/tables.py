@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "guides").glob("*.md")))
 MARK = re.compile(r"<!-- ([a-z0-9-]+)-table -->\n(.*?)<!-- /\1-table -->", re.DOTALL)
 
 
@@ -153,11 +153,21 @@ def catalogue() -> str:
     return "\n".join([*lines, "", about])
 
 
+def pairs() -> str:
+    """What the recipes for pairs learned."""
+    lines = ["| recipe | weights | held out | metric | before | after |", "|---|---|---|---|---|---|"]
+    for name, row in evidence("pairs_tasks")["runs"].items():
+        for metric, before in row["before"].items():
+            about = f"| `{name}` | {row['parameters']:,} | {row['held_out']:,} | {metric}"
+            lines.append(f"{about} | {before:.3f} | {row['after'][metric]:.3f} |")
+    return "\n".join(lines)
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model", "models"),
     "data": lambda: part_keys("data", "datasets"),
     "task": lambda: part_keys("task", "tasks"), "presets": presets, "parameters": parameters, "names": names,
-    "plan": plans, "catalogue": catalogue,
+    "plan": plans, "catalogue": catalogue, "pairs": pairs,
 }  # fmt: skip
 
 
