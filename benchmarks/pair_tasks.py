@@ -53,8 +53,16 @@ def measured(name: str, changes: list[str]) -> dict[str, Any]:
     kept = {
         key: value for key, value in data.meta.items() if key in ("documents", "tokens", "vocab", "classes", "faulty")
     }
-    return {"recipe": recipe.dump(), "data": kept, "parameters": parameters, "held_out": len(data.validation),
-            "before": before, "after": scores(result.run), "training_seconds": round(seconds, 1), "cpu_seconds": round(used, 1)}  # fmt: skip
+    return {
+        "recipe": recipe.dump(),
+        "data": kept,
+        "parameters": parameters,
+        "held_out": len(data.validation),
+        "before": before,
+        "after": scores(result.run),
+        "training_seconds": round(seconds, 1),
+        "cpu_seconds": round(used, 1),
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from scrimp.data.items import Opened
 from scrimp.data.padding import padded
 from scrimp.data.parallel import ParallelData
-from scrimp.data.records import Opened
 from scrimp.errors import UserError
 
 END = 256

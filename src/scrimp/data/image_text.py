@@ -18,21 +18,10 @@ import numpy as np
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import located
+from scrimp.data.items import Blanks, Opened, clipped, distinct, edge_of, end_token, take, tokenizer_key, tokenizer_of
 from scrimp.data.padding import padded
 from scrimp.data.pictures import KINDS, Picture, decoded, listed, pictures
-from scrimp.data.records import (
-    Blanks,
-    Faults,
-    Opened,
-    clipped,
-    distinct,
-    edge_of,
-    end_token,
-    found_files,
-    take,
-    tokenizer_key,
-    tokenizer_of,
-)
+from scrimp.data.records import Faults, found_files
 from scrimp.data.text import TRAINED
 from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer
 from scrimp.errors import UserError

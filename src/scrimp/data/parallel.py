@@ -16,23 +16,9 @@ import numpy as np
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import fingerprint, located
+from scrimp.data.items import Blanks, Opened, clipped, distinct, edge_of, end_token, take, tokenizer_key, tokenizer_of
 from scrimp.data.padding import padded
-from scrimp.data.records import (
-    KINDS,
-    Blanks,
-    Faults,
-    Opened,
-    clipped,
-    distinct,
-    edge_of,
-    end_token,
-    found_files,
-    records,
-    take,
-    text_of,
-    tokenizer_key,
-    tokenizer_of,
-)
+from scrimp.data.records import KINDS, Faults, found_files, records, text_of
 from scrimp.data.text import TRAINED
 from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer
 from scrimp.errors import UserError
