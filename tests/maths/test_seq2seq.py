@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,21 @@ from scrimp.models.generate import respond, written
 from scrimp.models.seams import blocks
 from scrimp.tasks.seq2seq import PairsTask
 from scrimp.weights import initialize
-from tiny import Letters, example, recipe, run_of
+from tiny import Letters, TinyData, example, recipe, run_of
 
 SIZES: dict[str, Any] = {"layers": 2, "decoder_layers": 3, "width": 16, "heads": 2, "vocab": 32, "context": 12}
 ITEMS = {"source": np.array([[4, 5, 0, 9], [6, 0, 9, 9]]), "source_length": np.array([3, 2]),
          "target": np.array([[7, 0, 9], [8, 3, 0]]), "target_length": np.array([2, 3])}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pictured(TinyData):
+    """Data that say they hold pictures, for what is refused before any is read."""
+
+    def open(self) -> Any:
+        found = super().open()
+        found.gives = ("images", "captions")
+        return found
 
 
 def model(**options: Any) -> EncoderDecoder:
@@ -106,6 +117,9 @@ def test_blocks_are_those_of_both_sides() -> None:
         run_of(recipe(example("stack"), **data))
     with pytest.raises(UserError, match="needs the seam `embed_scale`"):
         run_of(recipe(example("t_fixup"), **data))
+    towers = {"name": "two_towers", "layers": 1, "width": 16, "heads": 2, "image": 16, "channels": 3}
+    with pytest.raises(UserError, match="TwoTowers has no embedding of its own to scale"):
+        run_of(recipe(example("t_fixup"), model=towers, task="contrastive", data=Pictured()))
 
 
 def test_what_is_written_ends_and_fits_the_context() -> None:

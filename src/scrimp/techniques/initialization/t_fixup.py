@@ -56,9 +56,6 @@ class TFixup(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """No norms; looked-up embeddings times sqrt(d)."""
-        if not isinstance(getattr(model, "embed_scale", None), nn.Module):
-            what = f"{type(model).__name__} is several Transformers in one, for which the scales are not derived."
-            raise UserError(what, run.where(self), "Use the house Transformer.")
         for name, block in blocks(model, run.where(self)).items():
             for seam in NORMS:
                 if not isinstance(getattr(block, seam, None), nn.Module):
@@ -66,6 +63,9 @@ class TFixup(Technique):
                         f"`{name}` has no `{seam}` to remove.", run.where(self), "Use the house Transformer."
                     )
                 setattr(block, seam, nn.Identity())
+        if not isinstance(getattr(model, "embed_scale", None), nn.Module):
+            what = f"{type(model).__name__} has no embedding of its own to scale."
+            raise UserError(what, run.where(self), "Use the house Transformer.")
         model.norm = nn.Identity()
         model.embed_scale = Times(math.sqrt(model.config.width))  # type: ignore[union-attr]
         return model
