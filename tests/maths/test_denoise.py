@@ -70,11 +70,12 @@ def refilled(read: np.ndarray, spans: dict[int, list[list[int]]]) -> list[int]:
 def test_bart_reads_one_mask_a_span_and_writes_everything() -> None:
     made = task()
     for sample in range(30):
-        read, written = made.pair(WINDOW, sample)
+        read, written, cut = made.pair(WINDOW, sample)
         assert written.tolist() == WINDOW.tolist()
         kept = [t for t in read.tolist() if t != MASK]
         gone = [t for t in WINDOW.tolist() if t not in kept]
         assert kept == [t for t in WINDOW.tolist() if t in kept] and len(gone) == 19
+        assert WINDOW[cut].tolist() == gone
         runs = 1 + sum(b != a + 1 for a, b in pairwise(gone))
         lengths = span_lengths(64, 0.3, 3.0, np.random.default_rng([0xDE01, sample]))
         assert list(read).count(MASK) == len(lengths)
@@ -87,8 +88,9 @@ def test_bart_reads_one_mask_a_span_and_writes_everything() -> None:
 def test_t5_writes_each_mark_with_its_span_and_the_end() -> None:
     made = task(style="t5", share=0.15)
     for sample in range(30):
-        read, written = made.pair(WINDOW, sample)
-        assert written[-1] == 0 and len(read) <= 64
+        read, written, cut = made.pair(WINDOW, sample)
+        assert written[-1] == 0 and len(read) <= 64 and len(cut) == len(written)
+        assert set(written[cut].tolist()) == set(WINDOW.tolist()) - set(read.tolist())
         spans: dict[int, list[list[int]]] = {}
         for token in written[:-1].tolist():
             if token in made.marks:
@@ -116,7 +118,7 @@ def test_the_decoder_sees_what_was_written_before() -> None:
     batch = made.batch({"tokens": np.arange(1, 34)[None]}, np.array([3]))
     assert batch["decoder_tokens"][0].tolist() == [0, *range(1, 32)]
     assert batch["targets"][0].tolist() == list(range(1, 33))
-    assert int(made.count(batch)) == 32
+    assert int(made.count(batch)) == 32 and int(batch["gaps"].sum()) == 10
     assert batch["tokens"].shape[1] % 8 == 0
 
 
@@ -154,6 +156,7 @@ def test_a_model_learns_to_fill_gaps() -> None:
         optimizer.step()
     after = run.task.evaluate(run.model.eval(), [batch])
     assert after["loss"] < 0.5 * before["loss"] and after["accuracy"] > before["accuracy"] + 0.3
+    assert after["gap_accuracy"] > before["gap_accuracy"] + 0.2
 
 
 @pytest.mark.parametrize("settings", [{"share": 0.0}, {"share": 0.9}, {"span": 0.5}], ids=str)

@@ -63,7 +63,10 @@ def test_the_loss_is_summed_over_target_tokens() -> None:
     assert abs(scores["loss"] - float(by_hand) / 5) < 1e-6
     assert abs(scores["perplexity"] - math.exp(float(by_hand) / 5)) < 1e-3
     right = logits.argmax(-1) == found["targets"]
-    assert scores["accuracy"] == float(right.sum()) / 5
+    assert scores["accuracy"] == float(right.sum()) / 5 and "gap_accuracy" not in scores
+    gaps = torch.tensor([[False, True, False], [True, False, True]])
+    some = PairsTask(0).evaluate(made, [found | {"gaps": gaps}])
+    assert some["gap_accuracy"] == float(right[gaps].sum()) / 3
 
 
 def test_padding_changes_nothing() -> None:

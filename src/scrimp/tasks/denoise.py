@@ -89,27 +89,36 @@ class GapsTask:
     def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
         """A batch from windows of tokens, [B, T + 1], of which the last token is left out, and samples' numbers [B]."""
         windows = items["tokens"][:, :-1]
-        pairs = [self.pair(row, int(number)) for row, number in zip(windows, sample, strict=True)]
-        sides = [padded(side, windows.shape[1]) for side in zip(*pairs, strict=True)]
-        arrays = (torch.from_numpy(array) for side in sides for array in side)
-        return pair_batch(*arrays, self.end, torch.from_numpy(sample))  # type: ignore[arg-type]
+        rows = [self.pair(row, int(number)) for row, number in zip(windows, sample, strict=True)]
+        (source, read), (target, written), (gaps, _) = (padded(s, windows.shape[1]) for s in zip(*rows, strict=True))
+        arrays = (torch.from_numpy(array) for array in (source, read, target, written))
+        batch = pair_batch(*arrays, start=self.end, sample=torch.from_numpy(sample))
+        return batch | {"gaps": torch.from_numpy(gaps.astype(bool))}
 
-    def pair(self, tokens: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray]:
-        """A window [T] -> what is read and what is written; neither is longer than the window."""
+    def pair(self, tokens: np.ndarray, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A window [T] -> what is read, what is written, and which tokens of that were cut out.
+
+        None is longer than the window.
+        """
         chance, s = np.random.default_rng([SALT, sample]), self.settings
         t5 = s.style == "t5"
         lengths = span_lengths(len(tokens), s.share, s.span, chance, least=int(t5), most=MARKS - 1 if t5 else None)
         spans = placed(len(tokens), lengths, chance)
         read, cut, last = list[np.ndarray](), list[np.ndarray](), 0
+        gone = np.zeros(len(tokens), dtype=bool)
         for i, (start, stop) in enumerate(spans):
             mark = np.array([self.marks[i if t5 else 0]])
             read += [tokens[last:start], mark]
             cut += [mark, tokens[start:stop]]
+            gone[start:stop] = True
             last = stop
         source = np.concatenate([*read, tokens[last:]])[: len(tokens)]
         if not t5:
-            return source, tokens
-        return source, np.concatenate([*cut, np.array([self.end])])[: len(tokens)]
+            return source, tokens, gone
+        written = np.concatenate([*cut, np.array([self.end])])[: len(tokens)]
+        # Of each span, its mark was not cut out; the end was not, either.
+        parts = [np.arange(1 + stop - start) > 0 for start, stop in spans]
+        return source, written, np.concatenate([*parts, np.array([False])])[: len(tokens)]
 
     def count(self, batch: dict[str, Tensor]) -> Tensor:
         """How many targets the summed loss sums over: int64, a scalar."""
@@ -120,7 +129,10 @@ class GapsTask:
         return summed(model, batch, self.settings.label_smoothing)
 
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest, over the batches."""
+        """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest, over the batches.
+
+        `accuracy` is that of all tokens, `gap_accuracy` that of those that were cut out.
+        """
         return measured(model, batches)
 
 

@@ -101,13 +101,18 @@ def summed(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tens
 
 @torch.no_grad()
 def measured(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest."""
-    total, right, count = 0.0, 0, 0
+    """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest; also of `gaps` [B, T]."""
+    total, right, count, filled, gaps = 0.0, 0, 0, 0, 0
     for batch in batches:
-        logits = model(batch["tokens"], batch["decoder_tokens"], attended=batch["attended"]).flatten(0, 1)
-        targets = batch["targets"].flatten()
-        total += float(F.cross_entropy(logits, targets, reduction="sum"))
-        right += int((logits.argmax(-1) == targets).sum())
+        logits = model(batch["tokens"], batch["decoder_tokens"], attended=batch["attended"])
+        targets = batch["targets"]
+        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        hit = logits.argmax(-1) == targets
+        right += int(hit.sum())
         count += int((targets != IGNORED).sum())
+        if "gaps" in batch:
+            filled += int(hit[batch["gaps"]].sum())
+            gaps += int(batch["gaps"].sum())
     mean = total / count
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / count}
+    found = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / count}
+    return found | ({"gap_accuracy": filled / gaps} if gaps else {})
