@@ -26,7 +26,7 @@ from scrimp.stages import new_clock
 ROOT = Path(__file__).parents[1]
 EVIDENCE = ROOT / "evidence" / "pairs_tasks.json"
 NAMES = ("bart-denoise", "clip-emoji")
-MOST = 64
+MOST = 32
 """Batches of held-out items."""
 
 

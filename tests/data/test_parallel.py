@@ -125,6 +125,18 @@ def test_bytes_that_are_no_text_are_faults_in_a_table(tmp_path: Path) -> None:
     assert "is not Unicode" in data.meta["faults"][0] and "has no field `target`" in data.meta["faults"][1]
 
 
+def test_bytes_that_are_no_text_are_faults_in_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    sources = arrow.array([r["source"].encode() for r in rows()] + [b"\xff"]).view(arrow.string())
+    targets = [r["target"] for r in rows()] + ["x"]
+    parquet.write_table(arrow.table({"source": sources, "target": targets, "more": targets}), tmp_path / "p.parquet")
+    data = settings(tmp_path / "p.parquet", skip=0.1).open()
+    assert len(data.train) + len(data.validation) == 40
+    assert data.meta["faults"] == [f"{tmp_path}/p.parquet, row 41: is not UTF-8"]
+
+
 def test_a_wrong_field_is_an_error_with_the_nearest(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", rows())
     with pytest.raises(UserError, match=r"no item can be used.*has no field `sorce`. Did you mean source"):

@@ -72,7 +72,7 @@ def records(files: Iterable[Path], faults: Faults, wanted: tuple[str, ...]) -> I
         elif kind == ".tsv":
             yield from _table(path, faults, all(name.isdigit() for name in wanted))
         elif kind == ".parquet":
-            yield from _columns(path, faults)
+            yield from _columns(path, faults, wanted)
         else:
             raise UserError("is not a file of records.", str(path), f"Give one of {', '.join(KINDS)}.")
 
@@ -112,7 +112,7 @@ def _table(path: Path, faults: Faults, numbered: bool) -> Iterator[tuple[str, di
             yield f"{path}, line {number}", dict(zip(names, row, strict=False))
 
 
-def _columns(path: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Any]]]:
+def _columns(path: Path, faults: Faults, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -122,13 +122,32 @@ def _columns(path: Path, faults: Faults) -> Iterator[tuple[str, dict[str, Any]]]
         file = parquet.ParquetFile(path, buffer_size=2**20)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"is not a parquet file: {error}.", str(path)) from None
+    names: list[str] = file.schema_arrow.names
+    tops = [name if name in names else name.partition(".")[0] for name in wanted]
+    columns = tops if set(tops) <= set(names) else None  # all, so that an error can name the nearest
     number = 0
     with file:
-        for batch in file.iter_batches(batch_size=256):
-            for record in batch.to_pylist():
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for record in _rows(batch):
                 number += 1
                 faults.total += 1
-                yield f"{path}, row {number}", record
+                if isinstance(record, dict):
+                    yield f"{path}, row {number}", record
+                else:
+                    faults.add(f"{path}, row {number}", record)
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | str]:
+    """Each row, or why it has none."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                row: dict[str, Any] | str = batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                row = "is not UTF-8"
+            yield row
 
 
 def text_of(record: Mapping[str, Any], name: str) -> str:
