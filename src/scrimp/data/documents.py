@@ -183,7 +183,12 @@ def _valid(text: str, tally: Counter[str]) -> str:
     return text
 
 
-def _columns(path: Path, field: str, tally: Counter[str]) -> Iterator[str]:
+def open_parquet(path: Path) -> Any:
+    """A parquet file, to be read in batches and closed.
+
+    Raises:
+        UserError: if it is none, or pyarrow is not installed.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -191,10 +196,15 @@ def _columns(path: Path, field: str, tally: Counter[str]) -> Iterator[str]:
         raise UserError("pyarrow is not installed.", str(path), "pip install 'scrimp[data]'.") from None
     try:
         # Without a buffer size a whole column of a row group is read at once.
-        file = parquet.ParquetFile(path, buffer_size=2**20)
+        return parquet.ParquetFile(path, buffer_size=2**20)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"is not a parquet file: {error}.", str(path)) from None
-    with file:
+
+
+def _columns(path: Path, field: str, tally: Counter[str]) -> Iterator[str]:
+    with open_parquet(path) as file:
+        import pyarrow
+
         if field not in file.schema_arrow.names:
             fix = f"{did_you_mean(field, file.schema_arrow.names)} Set `data.field`."
             raise UserError(f"has no column `{field}`.", str(path), fix)

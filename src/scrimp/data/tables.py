@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from scrimp.data.documents import open_parquet
 from scrimp.errors import UserError, did_you_mean
 
 KINDS: Final = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -127,16 +128,7 @@ def _records(path: Path, needed: Sequence[str]) -> Iterator[Row]:
 
 
 def _parquet(path: Path, needed: Sequence[str]) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("pyarrow is not installed.", str(path), "pip install 'scrimp[data]'.") from None
-    try:
-        file = parquet.ParquetFile(path, buffer_size=2**20)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"is not a parquet file: {error}.", str(path)) from None
-    with file:
+    with open_parquet(path) as file:
         _check(needed, file.schema_arrow.names, path)
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=list(needed)):
