@@ -76,16 +76,20 @@ def recipe_keys() -> str:
     return "\n".join(lines)
 
 
-def part_keys(key: str, name: str = "") -> str:
-    """Every setting of our own model, task or data set: of the one that is so called, or of the usual one."""
-    from scrimp.recipe import GROUPS
+def part_keys(key: str, group: str) -> str:
+    """Every setting of our own models, tasks or data sets: first what all have, then a table for each."""
     from scrimp.registry import BUILT_IN
     from scrimp.schema import schema
 
-    known = list(BUILT_IN[GROUPS[key]])
-    place = 1 + (known.index(name) if name else 0)
-    found = schema()["properties"][key]["anyOf"][place]["properties"]
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, f"{key}.")])
+    found = [each["properties"] for each in schema()["properties"][key]["anyOf"][1:]]
+    rows = {name: keys(settings, f"{key}.") for name, settings in zip(BUILT_IN[group], found, strict=True)}
+    common = [row for row in next(iter(rows.values())) if all(row in others for others in rows.values())]
+    head = ["| key | default | meaning |", "|---|---|---|"]
+    parts = ["\n".join([f"All {group}:", "", *head, *common])]
+    for name, own in rows.items():
+        rest = [row for row in own if row not in common]
+        parts.append("\n".join([f"`{name}`:", "", *head, *rest] if rest else [f"`{name}` has no others."]))
+    return "\n\n".join(parts)
 
 
 def instruct() -> str:
@@ -105,13 +109,14 @@ def instruct() -> str:
     return "\n".join([*lines, "", about])
 
 
-def dataset_keys(name: str) -> str:
-    """Every setting of one of our data sets."""
-    from scrimp.registry import BUILT_IN
-    from scrimp.schema import schema
-
-    found = schema()["properties"]["data"]["anyOf"][1 + list(BUILT_IN["datasets"]).index(name)]["properties"]
-    return "\n".join(["| key | default | meaning |", "|---|---|---|", *keys(found, "data.")])
+def pairs() -> str:
+    """What the recipes for pairs learned."""
+    lines = ["| recipe | weights | held out | metric | before | after |", "|---|---|---|---|---|---|"]
+    for name, row in evidence("pairs_tasks")["runs"].items():
+        for metric, before in row["before"].items():
+            about = f"| `{name}` | {row['parameters']:,} | {row['held_out']:,} | {metric}"
+            lines.append(f"{about} | {before:.3f} | {row['after'][metric]:.3f} |")
+    return "\n".join(lines)
 
 
 def presets() -> str:
@@ -258,14 +263,10 @@ def vision() -> str:
 
 
 WRITERS: Final[dict[str, Callable[[], str]]] = {
-    "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model"), "data": lambda: part_keys("data"),
-    "task": lambda: part_keys("task"), "presets": presets, "parameters": parameters, "names": names, "plan": plans,
-    "catalogue": catalogue, "thrifty": thrifty, "tasks": tasks,
-    "instructions": lambda: dataset_keys("instructions"),
-    "instruct": instruct,
-    "vision-results": vision, "vision": lambda: part_keys("model", "vision"),
-    "masked-autoencoder": lambda: part_keys("model", "masked_autoencoder"),
-    "images": lambda: part_keys("data", "images"), "masked-image": lambda: part_keys("task", "masked-image"),
+    "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model", "models"),
+    "data": lambda: part_keys("data", "datasets"), "task": lambda: part_keys("task", "tasks"), "presets": presets,
+    "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue, "thrifty": thrifty,
+    "tasks": tasks, "instruct": instruct, "pairs": pairs, "vision-results": vision,
 }  # fmt: skip
 
 

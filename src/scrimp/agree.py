@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from scrimp.errors import UserError
-from scrimp.registry import component_name
+from scrimp.registry import BUILT_IN, component_name
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -34,10 +34,11 @@ def configured(recipe: Recipe, data: Any) -> Any:
         UserError: if the model does not fit the data or the task.
     """
     config: Any = recipe.model
-    if not is_dataclass(config) or isinstance(config, type):
+    if not is_dataclass(recipe.model) or isinstance(recipe.model, type):
         return config
+    _check_kind(recipe.task, config)
     known = {f.name for f in fields(config)}
-    for name, given in sizes(data).items():
+    for name, given in (sizes(data) | _added(recipe.task, data)).items():
         own = getattr(config, name) if name in known else None
         if own == 0 and name in CHOSEN:
             continue
@@ -56,6 +57,21 @@ def configured(recipe: Recipe, data: Any) -> Any:
             raise UserError(what, f"model.{name}", "Leave it out.")
         config = replace(config, **{name: wanted}) if wanted else config
     return config
+
+
+def _check_kind(task: Any, config: Any) -> None:
+    """Whether a model of ours is one that the task trains; others' are not known by name."""
+    wanted, name = getattr(task, "models", ()), component_name("models", config)
+    if wanted and name in BUILT_IN["models"] and name not in wanted:
+        what = f"the task `{component_name('tasks', task)}` trains a model `{' or '.join(wanted)}`, not `{name}`."
+        raise UserError(what, "model", "Choose the model or the task that belongs to the other.")
+
+
+def _added(task: Any, data: Any) -> dict[str, int]:
+    """The vocabulary with the ids that a task adds to the tokenizer's, such as a mask; nothing where it adds none."""
+    adds = getattr(task, "adds", None)
+    more = adds(data) if adds is not None else 0
+    return {"vocab": sizes(data)["vocab"] + more} if more else {}
 
 
 def prepared(recipe: Recipe, data: Any) -> Any:

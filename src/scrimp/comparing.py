@@ -229,7 +229,7 @@ def bits_per_byte(loss: float, data: Any) -> float | None:
 
     tokenizer: Any = getattr(data, "tokenizer", None)
     held = data.validation
-    if not hasattr(tokenizer, "decode"):
+    if not hasattr(tokenizer, "decode") or not hasattr(held, "windows"):
         return None
     count = min(len(held), 64)
     tokens = held.windows(np.arange(count))[:, 1:]

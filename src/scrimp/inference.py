@@ -12,7 +12,6 @@ import torch
 
 from scrimp.agree import configured, prepared
 from scrimp.clock import Clock
-from scrimp.data.chat import prompted
 from scrimp.errors import RecipeError, UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
@@ -20,7 +19,6 @@ from scrimp.products import fast_products
 from scrimp.reading import override, plain, validated
 from scrimp.restore import reopened, used, whole
 from scrimp.run import Run, build, exported
-from scrimp.session import writes
 
 if TYPE_CHECKING:
     from scrimp.technique import Batch
@@ -101,25 +99,24 @@ def elsewhere(run: Run, place: Path, words: Sequence[str]) -> Any:
 
 
 def continue_text(place: str | Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
-    """The prompt and what the model adds to it.
+    """The prompt and what the model adds to it; of an encoder-decoder, what it writes of the prompt.
 
     Raises:
-        UserError: if the model is no causal language model.
+        UserError: if the model does not write.
     """
-    from scrimp.models.generate import generate
+    from scrimp.models.generate import written
 
     run = open_run(place, corpus=False)
-    if not writes(run.model):
-        raise UserError("the run's model writes no text.", str(place), "Only causal language models do.")
+    chance = torch.Generator(run.device).manual_seed(seed)
     tokenizer = run.data.tokenizer
+    assert run.evaluate is not None
     if tokenizer is None:
         raise UserError("the run was not trained on text, and writes none.", str(place), "`scrimp eval` measures it.")
-    ids = torch.tensor(prompted(tokenizer, prompt), device=run.device)
-    chance = torch.Generator(run.device).manual_seed(seed)
-    assert run.evaluate is not None
     with fast_products():
-        out = run.evaluate(lambda model: generate(model, ids, tokens, temperature, chance, tokenizer.end))
-    return tokenizer.decode([i for i in out.tolist() if i != tokenizer.end])
+        text = run.evaluate(lambda model: written(model, tokenizer, prompt, tokens, temperature, chance))
+    if text is None:
+        raise UserError("the model writes no text.", str(place), "Use a run of a decoder or an encoder-decoder.")
+    return text
 
 
 def export(place: str | Path, out: str | Path) -> Path:

@@ -89,10 +89,8 @@ def flops_per_token(model: nn.Module, tokens: int) -> float:
     """
     config = getattr(model, "config", None)
     tied = bool(getattr(config, "tied", False))
-    looked_up = {name for name, _ in model.named_parameters() if name.startswith("positions.")}
-    if not tied:
-        looked_up.add("embed.weight")
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and n not in looked_up)
+    tables = (".positions.weight",) if tied else (".positions.weight", ".embed.weight")
+    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and not f".{n}".endswith(tables))
     layers = len(model.blocks) if isinstance(getattr(model, "blocks", None), nn.ModuleList) else 0  # type: ignore[arg-type]
     attention = 6 * layers * getattr(config, "heads", 0) * getattr(config, "head_dim", 0) * tokens
     return 6 * weights + attention

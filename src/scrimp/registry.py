@@ -26,6 +26,8 @@ BUILT_IN = {
         "transformer": "scrimp.models.transformer:TransformerConfig",
         "vision": "scrimp.models.vision:VisionConfig",
         "masked_autoencoder": "scrimp.models.masked_autoencoder:MaskedAutoencoderConfig",
+        "encoder_decoder": "scrimp.models.encoder_decoder:EncoderDecoderConfig",
+        "two_towers": "scrimp.models.two_towers:TwoTowersConfig",
     },
     "tasks": {
         "causal-lm": "scrimp.tasks.causal_lm:CausalLM",
@@ -34,12 +36,17 @@ BUILT_IN = {
         "regress": "scrimp.tasks.regress:Regress",
         "embed": "scrimp.tasks.embed:Embed",
         "masked-image": "scrimp.tasks.masked_image:MaskedImage",
+        "seq2seq": "scrimp.tasks.seq2seq:Seq2Seq",
+        "denoise": "scrimp.tasks.denoise:Denoise",
+        "contrastive": "scrimp.tasks.contrastive:Contrastive",
     },
     "datasets": {
         "text": "scrimp.data.text:TextData",
         "instructions": "scrimp.data.instructions:InstructionData",
         "labelled": "scrimp.data.labelled:LabelledData",
         "images": "scrimp.data.images:ImageData",
+        "parallel": "scrimp.data.parallel:ParallelData",
+        "image_text": "scrimp.data.image_text:ImageTextData",
     },
 }
 

@@ -15,6 +15,7 @@ import torch
 from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.limits import available
+from scrimp.registry import component_name
 from scrimp.run import device_of
 
 if TYPE_CHECKING:
@@ -90,9 +91,9 @@ def explained(recipe: Recipe, data: Any) -> UserError:
 
 
 def estimate(recipe: Recipe, data: Any) -> int:
-    """Bytes that a run will hardly exceed, from the model's options alone; a huge number for models of others."""
+    """Bytes that a run will hardly exceed, from the model's options alone; a huge number for other models."""
     c = configured(recipe, data)
-    if not all(isinstance(getattr(c, name, None), int) for name in ("layers", "width", "vocab", "mlp")):
+    if component_name("models", c) != "transformer":
         return 1 << 62
     item = torch.finfo(getattr(torch, recipe.dtype)).bits // 8
     weights = c.layers * c.width * (4 * c.width + 3 * c.mlp) + 2 * c.vocab * c.width

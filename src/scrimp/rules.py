@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from scrimp.arrange import clashes, misfits
 from scrimp.clock import Duration
 from scrimp.errors import UserError
+from scrimp.registry import component_name
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -18,8 +19,6 @@ LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep":
 CHOICES: Final = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "float64", "bfloat16")}
 """The values of words that have few."""
 DURATIONS: Final = ("duration", "validate.every", "checkpoint.every")
-SPLITTING: Final = ("micro-batch", "accumulated")
-"""Phases of `backward` in which a batch is taken apart."""
 NO_RULE: Final = "no technique sets the update rule."
 
 
@@ -31,8 +30,7 @@ def broken(values: Mapping[str, Any], techniques: Any) -> list[UserError]:
         techniques: what stands where techniques should.
     """
     rules = (_bounds, _choices, _durations, _name, _validation)
-    faults = [fault for rule in rules for fault in rule(values)] + _together(techniques)
-    return faults + list(_whole_batches(values, techniques))
+    return [fault for rule in rules for fault in rule(values)] + _together(techniques, values["task"])
 
 
 def notes(recipe: Recipe) -> list[str]:
@@ -104,24 +102,21 @@ def _validation(values: Mapping[str, Any]) -> Iterator[UserError]:
             yield UserError(f"{what} the lowest validation loss, but validation is off.", where, fix)
 
 
-def _whole_batches(values: Mapping[str, Any], techniques: Any) -> Iterator[UserError]:
-    """A loss of pairs within the batch is not that of its parts."""
-    if getattr(values.get("task"), "decomposes", True):
-        return
-    for technique in techniques if not misfits(techniques) else ():
-        if technique.card.phase.get("backward") in SPLITTING:
-            what = "splits batches, and the task's loss compares each item with all others of its batch."
-            fix = (
-                "Drop it, since parts would compare with fewer items. For memory, take `recompute` or a smaller batch."
-            )
-            yield UserError(what, f"techniques.{technique.name}", fix)
-
-
-def _together(techniques: Any) -> list[UserError]:
+def _together(techniques: Any, task: Any) -> list[UserError]:
     wrong = misfits(techniques)
     if wrong:
         return wrong
-    faults = clashes(techniques)
+    faults = clashes(techniques) + _parts(techniques, task)
     if not any("update rule" in technique.card.sets for technique in techniques):
         faults.append(UserError(NO_RULE, "techniques", "Add one of adamw, adam, lion or sgd."))
     return faults
+
+
+def _parts(techniques: Any, task: Any) -> list[UserError]:
+    """Techniques that compute a batch in parts, for a task whose loss is not the sum of its parts'."""
+    if getattr(task, "decomposes", True):
+        return []
+    name = component_name("tasks", task)
+    what = f"it computes a batch in parts, and the loss of the task `{name}` compares each item with the whole batch."
+    fix = "Drop it: parts would be compared with themselves only. Lower `batch`, or save activations by recompute."
+    return [UserError(what, f"techniques.{t.name}", fix) for t in techniques if t.card.micro_batches]

@@ -6,19 +6,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from scrimp import checkpoint
-from scrimp.data.chat import prompted
 from scrimp.energy import Energy
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
 from scrimp.meter import memory_peak
-from scrimp.models.generate import generate
+from scrimp.models.generate import written
 from scrimp.restore import fingerprint
 from scrimp.run import Run
 
@@ -135,23 +134,13 @@ def non_finite(run: Run, value: float) -> UserError:
     return UserError(what, "training", fix)
 
 
-def writes(model: nn.Module) -> bool:
-    """Whether a model is a causal language model, which text can be generated with."""
-    config = getattr(model, "config", None)
-    return getattr(config, "causal", False) and getattr(config, "head", "lm") in ("", "lm")
-
-
 def sample(run: Run) -> str:
-    """A text from the model, when it is a causal one with a tokenizer."""
+    """A text from the model, when it writes and has a tokenizer."""
     wanted, tokenizer = run.recipe.sample, getattr(run.data, "tokenizer", None)
-    if not wanted.tokens or tokenizer is None or not writes(run.model):
+    if not wanted.tokens or tokenizer is None:
         return ""
     assert run.evaluate is not None
-    prompt = prompted(tokenizer, wanted.prompt)
     chance = torch.Generator(run.device).manual_seed(run.seed)
-
-    def job(model: nn.Module) -> list[int]:
-        ids = torch.tensor(prompt, device=run.device)
-        return generate(model, ids, wanted.tokens, wanted.temperature, chance, tokenizer.end).tolist()
-
-    return tokenizer.decode([i for i in run.evaluate(job) if i != tokenizer.end])
+    job = partial(written, tokenizer=tokenizer, prompt=wanted.prompt, count=wanted.tokens,
+                  temperature=wanted.temperature, generator=chance)  # fmt: skip
+    return run.evaluate(job) or ""

@@ -104,6 +104,8 @@ class Card:
     """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest."""
     replaces: tuple[str, ...] = ()
     """Slots whose incoming value it discards: folded first in its phase, and two of them clash."""
+    micro_batches: bool = False
+    """Whether it computes a batch in parts, which a task whose loss compares all items of a batch forbids."""
     phase: Mapping[str, str] = field(default_factory=dict[str, str])
     """slot -> its phase in `PHASES`."""
     emulated: tuple[str, ...] = ()

@@ -185,7 +185,7 @@ def test_unreadable_images_are_counted_named_and_limited(tmp_path: Path) -> None
     (root / "b" / "1.png").write_bytes(png(X[1])[:-30])
     with pytest.raises(UserError) as error:
         opened(root)
-    assert "2 of 40 images cannot be read" in str(error.value) and "a/0.png" in str(error.value)
+    assert "2 of 40 items are faulty" in str(error.value) and "a/0.png" in str(error.value)
     data = opened(root, skip=0.05)
     assert data.meta["skipped"]["count"] == 2 and "b/1.png" in data.meta["skipped"]["first"][1]
     assert len(data.train) + len(data.validation) == 38

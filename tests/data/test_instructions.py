@@ -220,22 +220,22 @@ def test_faulty_rows_are_left_out_and_told(tmp_path: Path, capsys: pytest.Captur
     source = jsonl(tmp_path / "t.jsonl", [BAD[0], BAD[2], *pairs()])
     data = settings(source, skip=0.1).open()
     told = capsys.readouterr().err
-    assert "2 of 42 rows were left out: t.jsonl, line 1: is not JSON" in told
-    assert "t.jsonl, line 2: has no column `response`" in told
+    assert "2 of 42 items were left out: " in told
+    assert "t.jsonl, line 1: is not JSON" in told and "t.jsonl, line 2: has no column `response`" in told
     assert data.meta["skipped"] == 2 and sum(data.meta["documents"].values()) == 40
     settings(source, skip=0.1).open()
-    assert "2 of 42 rows" in capsys.readouterr().err, "also when it comes from the cache"
+    assert "2 of 42 items" in capsys.readouterr().err, "also when it comes from the cache"
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
 def test_each_fault_is_found(tmp_path: Path, bad: Any) -> None:
-    with pytest.raises(UserError, match=r"1 of 41 rows were left out: t.jsonl, line 41: .*Mend them"):
+    with pytest.raises(UserError, match=r"1 of 41 items are faulty, .*t.jsonl, line 41: .*Mend"):
         settings(jsonl(tmp_path / "t.jsonl", [*pairs(), bad])).open()
 
 
 def test_a_wrong_column_is_named_at_once(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b"}] * 200
-    with pytest.raises(UserError, match=r"100 of 100 rows.*no column `prompt`.*instruction"):
+    with pytest.raises(UserError, match=r"no item can be used.*no column `prompt`.*instruction"):
         settings(jsonl(tmp_path / "t.jsonl", rows)).open()
 
 

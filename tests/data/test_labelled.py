@@ -118,14 +118,15 @@ def test_faulty_rows_are_counted_named_and_left_out(tmp_path: Path) -> None:
     first = data.meta["skipped"]["first"]
     assert data.meta["skipped"]["count"] == 4
     assert [fault.rpartition(", line ")[2] for fault in first] == [
-        "4 is not JSON", "6 has no field `label`", "9 its `text` is empty", "10 is not a record but a list",
+        "4: is not JSON", "6: has no field `label`. Known: text", "9: its field `text` is empty",
+        "10: is not a record but a list",
     ]  # fmt: skip
-    assert data.note == "4 faulty rows are left out."
+    assert "4 of 60 items were left out: " in data.note
     for again in range(2):  # the second time from the cache
         with pytest.raises(UserError) as error:
             settings(tmp_path, tmp_path / "r.jsonl", skip=0.01 * again).open()
-        assert "4 of 60 rows are faulty: " in str(error.value)
-        assert "line 4 is not JSON" in str(error.value)
+        assert "4 of 60 items are faulty" in str(error.value)
+        assert "line 4: is not JSON" in str(error.value)
     (tmp_path / "r.csv").write_text("text,label\ngood,1,extra\nbad,0\nso,1\n")
     assert settings(tmp_path, tmp_path / "r.csv", skip=0.5).open().meta["skipped"]["count"] == 1
 
@@ -134,7 +135,7 @@ def test_scores_are_numbers(tmp_path: Path) -> None:
     rows = [(f"film {i}", str(i / 7)) for i in range(30)]
     table = written(tmp_path / "s.csv", [*rows, ("bad", "nan"), ("so", "high")], ("text", "mark"))
     data = settings(tmp_path, table, label="", score="mark", skip=0.2).open()
-    assert data.meta["skipped"]["first"][1].endswith("its `mark` is no number but high")
+    assert data.meta["skipped"]["first"][1].endswith("its field `mark` is no number but high")
     assert data.gives == ("texts", "scores")
     assert data.sizes["classes"] == 1
     scores = np.concatenate([s.read(np.arange(len(s)))["scores"] for s in (data.train, data.validation)])

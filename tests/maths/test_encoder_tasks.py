@@ -125,6 +125,6 @@ def test_a_loss_of_pairs_refuses_parts_of_batches() -> None:
     base = {"model": {"layers": 1}, "data": {"name": "labelled"}, "techniques": {"sgd": {}, "accumulate": {}}}
     with pytest.raises(RecipeError) as error:
         Recipe.read({**base, "task": "embed"})
-    assert "techniques.accumulate: splits batches, and the task's loss compares each item" in str(error.value)
+    assert "techniques.accumulate: it computes a batch in parts" in str(error.value)
     Recipe.read({**base, "task": "classify"})
     Recipe.read({**base, "task": "embed", "techniques": {"sgd": {}, "recompute": {}, "clip": {}}})

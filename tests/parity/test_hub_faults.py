@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from scrimp.models import hub
+from scrimp.models import hub, hub_files
 from scrimp.models.presets import expand
 from scrimp.models.transformer import Transformer, TransformerConfig
 from scrimp.weights import initialize
@@ -186,7 +186,7 @@ def test_only_our_own_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "save_tensors", full)
+        patch.setattr(hub_files, "save_tensors", full)
         with pytest.raises(UserError, match="no space left"):
             hub.write(out, first.config, named(first))
     assert same(hub.loaded(out), second)

@@ -15,7 +15,8 @@ import numpy as np
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.chat import CannotRenderError, ChatTokenizer, Messages
 from scrimp.data.documents import fingerprint
-from scrimp.data.records import Faults, find_tables, rows
+from scrimp.data.faults import Faults
+from scrimp.data.tables import find, rows
 from scrimp.errors import did_you_mean
 
 FORMAT: Final = 1
@@ -64,7 +65,7 @@ class Store:
     @staticmethod
     def place(columns: Columns, source: str, tokenizer: ChatTokenizer, cache: str) -> tuple[Path, list[Path]]:
         """The folder of a built table, named by all that its tokens are a function of, and the table's files."""
-        files, root = find_tables(source), cache_folder(cache, "instructions")
+        files, root = find(source), cache_folder(cache, "instructions")
         contents = list(zip([path.suffix.lower() for path in files], content_hash(files, root), strict=True))
         named = [FORMAT, asdict(columns), tokenizer.inner.to_str(), asdict(tokenizer.chat), contents]
         return root / hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=16).hexdigest(), files
@@ -85,7 +86,7 @@ class Store:
 def build(columns: Columns, source: str, files: list[Path], tokenizer: ChatTokenizer, partial: Path) -> dict[str, Any]:
     """Fill a folder with the tokens of a table; returns what to say about them."""
     dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
-    faults, edges, marks = Faults(source), [0], list[int]()
+    faults, edges, marks = Faults(columns.skip), [0], list[int]()
     texts = rendered(conversations(columns, files, faults), tokenizer, faults)
     with (partial / "tokens.bin").open("wb") as tokens, (partial / "learn.bin").open("wb") as learn:
         while some := list(islice(texts, BATCH)):
@@ -95,7 +96,7 @@ def build(columns: Columns, source: str, files: list[Path], tokenizer: ChatToken
                 learn.write(marked(one.offsets, answers).data)
                 edges.append(edges[-1] + len(one.ids))
                 marks.append(mark)
-    faults.check(columns.skip)
+    faults.check()
     np.save(partial / "edges.npy", np.array(edges, dtype=np.int64))
     np.save(partial / "marks.npy", np.array(marks, dtype=np.uint64))
     return {"dtype": dtype, "skipped": faults.count, "told": faults.told(), "conversations": len(marks)}
@@ -103,14 +104,14 @@ def build(columns: Columns, source: str, files: list[Path], tokenizer: ChatToken
 
 def conversations(columns: Columns, files: list[Path], faults: Faults) -> Iterator[tuple[str, Messages]]:
     """Every conversation with its place; rows that are none are noted."""
-    for place, record in rows(files):
-        faults.rows += 1
+    for row in (row for path in files for row in rows(path)):
+        faults.total += 1
         try:
-            if isinstance(record, str):
-                raise CannotRenderError(record)
-            yield place, conversation(record, columns)
+            if row.fault:
+                raise CannotRenderError(row.fault)
+            yield row.where, conversation(row.values, columns)
         except CannotRenderError as error:
-            faults.add(place, str(error))
+            faults.add(row.where, str(error))
 
 
 def rendered(

@@ -13,7 +13,8 @@ import numpy as np
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import located
-from scrimp.data.pictures import Label, Raw, Source, UnreadableError, decoded, find, sources
+from scrimp.data.faults import Faults
+from scrimp.data.pictures import Label, Source, UnreadableError, decoded, find, sources
 from scrimp.data.pixels import Pixels, Processor
 from scrimp.errors import UserError
 
@@ -21,7 +22,7 @@ FORMAT: Final = 1
 """Raised whenever the same settings would give other bytes, so that old caches are not used."""
 SPLITS: Final = ("train", "validation")
 NAMED: Final = 5
-"""Unreadable images that are named."""
+"""Strange classes that are named."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def _opened(settings: ImageData, meta: dict[str, Any], folder: Path | None) -> I
                folder / f"{s}.labels" if folder and labeled else None, labeled)
         for s in SPLITS
     ]  # fmt: skip
-    return Images(replace(splits[0], crop=settings.crop, flip=settings.flip), splits[1], meta)
+    told = Faults.kept(settings.skip, meta["skipped"]).told() if folder else ""
+    return Images(replace(splits[0], crop=settings.crop, flip=settings.flip), splits[1], meta, told)
 
 
 def _build(settings: ImageData, partial: Path) -> dict[str, Any]:
@@ -175,19 +177,21 @@ def _build(settings: ImageData, partial: Path) -> dict[str, Any]:
     first = _first(parts, settings)
     given = replace(settings, image=first.shape[1], channels=len(first))
     labels: dict[str, list[Label]] = {split: [] for split in SPLITS}
-    bad: list[str] = []
+    faults = Faults(settings.skip)
     edge = round(settings.holdout * 2**64)
     with (partial / "train.bin").open("wb") as train, (partial / "validation.bin").open("wb") as validation:
         outputs: dict[str, BinaryIO] = {"train": train, "validation": validation}
-        for pixels, label in _readable(parts, given, bad):
+        for pixels, label in _readable(parts, given, faults):
             split = "validation" if not settings.validation and fingerprint(pixels) < edge else "train"
             outputs[split].write(pixels.tobytes())
             labels[split].append(label)
         if settings.validation:
-            for pixels, label in _readable(sources(settings.validation, settings.field, settings.label), given, bad):
+            others = sources(settings.validation, settings.field, settings.label)
+            for pixels, label in _readable(others, given, faults):
                 validation.write(pixels.tobytes())
                 labels["validation"].append(label)
-    _check(settings, labels, bad)
+    faults.check()
+    _check(labels)
     names = _classes(labels["train"])
     for split in SPLITS if names is not None else ():
         _numbers(labels[split], names or []).tofile(partial / f"{split}.labels")
@@ -195,41 +199,32 @@ def _build(settings: ImageData, partial: Path) -> dict[str, Any]:
     shape = (counts["train"], given.channels, given.image, given.image)
     mean, std = moments(np.memmap(partial / "train.bin", dtype=np.uint8, mode="r", shape=shape))
     return {"images": counts, "image": given.image, "channels": given.channels, "classes": names, "mean": mean,
-            "std": std, "skipped": {"count": len(bad), "first": bad[:NAMED]}}  # fmt: skip
+            "std": std, "skipped": faults.meta()}  # fmt: skip
 
 
 def _first(parts: list[Source], settings: ImageData) -> np.ndarray:
     """The first readable image, which settles what the settings leave open."""
-    for pixels, _ in _readable(parts, settings, []):
+    for pixels, _ in _readable(parts, settings, Faults(1.0)):
         return pixels
     raise UserError("none of the images can be read.", "data.source", "Look at one of them.")
 
 
-def _readable(parts: list[Source], settings: ImageData, bad: list[str]) -> Iterator[tuple[np.ndarray, Label]]:
-    """Decoded images with labels; those that are damaged are added to `bad`, each with the reason."""
+def _readable(parts: list[Source], settings: ImageData, faults: Faults) -> Iterator[tuple[np.ndarray, Label]]:
+    """Decoded images with labels; those that are damaged are noted."""
     pairs = (pair for part in parts for pair in zip(part.pictures(), part.labels, strict=True))
     for (name, raw), label in pairs:
-        found = _tried(raw, settings.image, settings.channels)
-        if isinstance(found, str):
-            bad.append(f"{name}: {found}")
+        faults.total += 1
+        try:
+            found = decoded(raw, settings.image, settings.channels)
+        except UnreadableError as error:
+            faults.add(name, str(error))
         else:
             yield found, label
 
 
-def _tried(raw: Raw, image: int, channels: int) -> np.ndarray | str:
-    try:
-        return decoded(raw, image, channels)
-    except UnreadableError as error:
-        return str(error)
-
-
-def _check(settings: ImageData, labels: dict[str, list[Label]], bad: list[str]) -> None:
-    """Refuse too many unreadable images, and an empty split."""
-    count = len(bad) + sum(len(found) for found in labels.values())
-    if len(bad) > settings.skip * count:
-        listed = "; ".join(bad[:NAMED])
-        what = f"{len(bad)} of {count} images cannot be read: {listed}{'; ...' if len(bad) > NAMED else ''}."
-        raise UserError(what, "data.source", "Mend or remove them, or allow more with `data.skip`.")
+def _check(labels: dict[str, list[Label]]) -> None:
+    """Refuse an empty split."""
+    count = sum(len(found) for found in labels.values())
     for split, found in labels.items():
         if not found:
             fix = "Use another `data.holdout`, or name a source in `data.validation`."

@@ -22,7 +22,7 @@ from scrimp.data.conversations import Columns, Store
 from scrimp.data.documents import located
 from scrimp.data.outline import Outline, Vocabulary, Windows
 from scrimp.data.packing import Packed, packed, shortened
-from scrimp.data.records import find_tables
+from scrimp.data.tables import find
 from scrimp.errors import UserError
 
 SPLITS: Final = ("train", "validation")
@@ -121,7 +121,7 @@ class InstructionData:
     def found(self) -> bool:
         """Whether the tables are there."""
         try:
-            return all(find_tables(source) for source in self._sources().values())
+            return all(find(source) for source in self._sources().values())
         except UserError:
             return False
 
@@ -141,7 +141,7 @@ class InstructionData:
         places = [Store.place(self._columns(), source, tokenizer, self.cache)[0] for source in self._sources().values()]
         if all(read_meta(place) for place in places):
             return self.open()
-        size = sum(path.stat().st_size for source in self._sources().values() for path in find_tables(source))
+        size = sum(path.stat().st_size for source in self._sources().values() for path in find(source))
         windows = max(2, int(size / (1 if self.tokenizer == "bytes" else 4) / self.context))
         held = max(1, int(windows * self.holdout))
         note = f"The conversations are not built yet: {windows:,} windows are an estimate from {size:,} bytes of files."

@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Final, Literal
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import located
-from scrimp.data.labelling import SPLITS, build, check_skipped
+from scrimp.data.faults import Faults
+from scrimp.data.labelling import SPLITS, build
 from scrimp.data.padded import Longest, Texts
 from scrimp.data.tables import find
 from scrimp.data.tokenizer import Tokenizer
@@ -125,13 +126,14 @@ class LabelledData:
         key = _key(self, files, root)
         folder = root / key
         meta = read_meta(folder) or publish(folder, lambda partial: build(self, files, partial))
-        check_skipped(self, meta["skipped"])
+        faults = Faults.kept(self.skip, meta["skipped"])
+        faults.check()
         tokenizer = Tokenizer.read(folder, meta["end_token"])
         train, validation = (
             Texts(folder=folder, split=split, count=meta["rows"][split], context=self.context, pad=meta["pad"],
                   **_kind(self)) for split in SPLITS
         )  # fmt: skip
-        note = f"{meta['skipped']['count']} faulty rows are left out." if meta["skipped"]["count"] else ""
+        note = faults.told()
         return Labelled(train, validation, tokenizer, {**meta, "key": key}, note)
 
     def outline(self) -> Labelled:

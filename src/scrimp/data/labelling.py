@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from scrimp.data.documents import fingerprint
+from scrimp.data.faults import Faults
 from scrimp.data.padded import save
-from scrimp.data.tables import Row, rows
+from scrimp.data.tables import Row, rows, text_of, value_of
 from scrimp.data.tokenizer import Tokenizer, framed, train_bpe, with_mask
 from scrimp.errors import UserError
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from scrimp.data.labelled import LabelledData
 
 SPLITS: Final = ("train", "validation")
-TOLD: Final = 5
-"""Faulty rows that are named."""
 AT_ONCE: Final = 4096
 """Texts that are tokenized at once."""
 
@@ -33,27 +32,11 @@ class Table:
     texts: list[str] = field(default_factory=list[str])
     pairs: list[str] = field(default_factory=list[str])
     targets: list[str] = field(default_factory=list[str])
-    faults: list[str] = field(default_factory=list[str])
 
     def chosen(self, keep: Callable[[int], bool]) -> Table:
         """The rows at some places."""
         ids = [i for i in range(len(self.texts)) if keep(i)]
         return Table(*([side[i] for i in ids] if side else [] for side in (self.texts, self.pairs, self.targets)))
-
-
-def check_skipped(settings: LabelledData, skipped: Mapping[str, Any]) -> None:
-    """Whether few enough rows are faulty.
-
-    Args:
-        skipped: count of rows, all rows, and what is wrong with the first few.
-    Raises:
-        UserError: naming them, if not.
-    """
-    count, total = skipped["count"], skipped["rows"]
-    if count > settings.skip * total:
-        more = f" and {count - TOLD} more" if count > TOLD else ""
-        what = f"{count} of {total} rows are faulty: {'; '.join(skipped['first'])}{more}."
-        raise UserError(what, "data.source", "Mend them, or raise `data.skip` to leave them out.")
 
 
 def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path) -> dict[str, Any]:
@@ -64,10 +47,9 @@ def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path
     Raises:
         UserError: if there are no rows, too many are faulty, or held-out ones are of unknown classes.
     """
-    table, held = (gathered(settings, files[split]) for split in SPLITS)
-    faults, total = table.faults + held.faults, sum(len(t.texts) + len(t.faults) for t in (table, held))
-    skipped = {"count": len(faults), "rows": total, "first": faults[:TOLD]}
-    check_skipped(settings, skipped)
+    faults = Faults(settings.skip)
+    table, held = (gathered(settings, files[split], faults) for split in SPLITS)
+    faults.check()
     names = list(settings.labels) or ordered(set(table.targets)) if settings.label else []
     strange = sorted({*table.targets, *held.targets} - set(names)) if settings.label else []
     if strange:
@@ -82,7 +64,7 @@ def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path
     meta: dict[str, Any] = {
         "rows": {}, "tokens": {}, "longest": {}, "labels": names, "vocab": tokenizer.vocab, "segments": 0,
         "end_token": tokenizer.inner.id_to_token(tokenizer.end),
-        "pad": tokenizer.end if tokenizer.pad is None else tokenizer.pad, "skipped": skipped,
+        "pad": tokenizer.end if tokenizer.pad is None else tokenizer.pad, "skipped": faults.meta(),
     }  # fmt: skip
     for split, part in zip(SPLITS, (table, held), strict=True):
         _write(settings, part, names, tokenizer, partial, split, meta)
@@ -91,43 +73,44 @@ def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path
     return meta
 
 
-def gathered(settings: LabelledData, files: Sequence[Path]) -> Table:
-    """The whole rows of files, and what is wrong with the others."""
+def gathered(settings: LabelledData, files: Sequence[Path], faults: Faults) -> Table:
+    """The whole rows of files; what is wrong with the others is noted."""
     table = Table()
-    for path in files:
+    for row in (row for path in files for row in rows(path, settings.needed, settings.columns)):
+        faults.total += 1
         try:
-            for row in rows(path, settings.needed, settings.columns):
-                _add(settings, row, table)
-        except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror}.", str(path)) from None
+            _add(settings, row, table)
+        except ValueError as error:
+            faults.add(row.where, str(error))
     return table
 
 
 def _add(settings: LabelledData, row: Row, table: Table) -> None:
-    fault, texts = row.fault, (settings.text, settings.text_pair)
-    found: list[str] = []
-    for column in settings.needed if not fault else ():
-        value = row.values[column]
-        said = "" if value is None else str(value).strip()
-        if not said:
-            fault = f"its `{column}` is empty"
-        elif not isinstance(value, str | int | float) or (column in texts and not isinstance(value, str)):
-            fault = f"its `{column}` is no text but {said[:40]}"
-        elif column == settings.score and not _is_number(said):
-            fault = f"its `{column}` is no number but {said[:40]}"
-        found.append(said)
-    if fault:
-        table.faults.append(f"{row.where} {fault}")
-        return
-    table.texts.append(_valid(found.pop(0)))
-    if settings.text_pair:
-        table.pairs.append(_valid(found.pop(0)))
-    table.targets += found
+    """Take a row.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    if row.fault:
+        raise ValueError(row.fault)
+    texts = [text_of(row.values, name).strip() for name in (settings.text, settings.text_pair) if name]
+    targets = [_target(row, name, name == settings.score) for name in (settings.label, settings.score) if name]
+    table.texts.append(texts[0])
+    table.pairs += texts[1:]
+    table.targets += targets
 
 
-def _valid(text: str) -> str:
-    """Without lone surrogates, which JSON can hold and UTF-8 cannot."""
-    return text.encode(errors="replace").decode()
+def _target(row: Row, name: str, score: bool) -> str:
+    """The name of a class, or the text of a number."""
+    value = value_of(row.values, name)
+    said = "" if value is None else str(value).strip()
+    if not said:
+        raise ValueError(f"its field `{name}` is empty")
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"its field `{name}` is no name but {said[:40]}")
+    if score and not _is_number(said):
+        raise ValueError(f"its field `{name}` is no number but {said[:40]}")
+    return said
 
 
 def _is_number(text: str) -> bool:

@@ -190,7 +190,8 @@ def _parquet(path: Path, field: str, label: str) -> Source:
 
 
 def decoded(raw: Raw, image: int, channels: int) -> np.ndarray:
-    """A picture as uint8 [channels, image, image]: its shorter side is made to fit, and the middle is cut out.
+    """A picture as uint8 [channels, image, image]: turned as its camera says, white where transparent, its shorter side
+    made to fit, and the middle cut out.
 
     Args:
         image: side in pixels; 0 takes the picture's shorter side. channels: 1, 3, or 0 for the picture's own.
@@ -212,6 +213,9 @@ def decoded(raw: Raw, image: int, channels: int) -> np.ndarray:
             raise UnreadableError(f"has values of more than 8 bits (mode {picture.mode})")
         picture = ImageOps.exif_transpose(picture)
         channels = channels or (1 if picture.mode in ("1", "L", "LA") else 3)
+        if picture.has_transparency_data:
+            plain = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+            picture = Image.alpha_composite(plain, picture.convert("RGBA"))
         picture = picture.convert("L" if channels == 1 else "RGB")
         side = image or min(picture.size)
         if picture.size != (side, side):

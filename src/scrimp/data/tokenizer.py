@@ -168,22 +168,25 @@ def framed(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def begin_texts(file: Path, end: int) -> None:
+def frame_texts(file: Path, end: int, after: bool = False) -> None:
     """Have a tokenizer.json put its end-of-text token before every text, where other libraries add special tokens.
 
-    A model here sees that token before every document, so that a prompt without it is unlike all it was trained on.
-    What the file put around texts before is replaced. `Tokenizer` adds no special tokens and reads the file as ever.
+    A language model here sees that token before every document, so that a prompt without it is unlike all it was
+    trained on. Models that read whole texts see it after each. What the file put around texts before is replaced.
+    `Tokenizer` adds no special tokens and reads the file as ever.
 
     Args:
         end: id of the token.
+        after: put it after the text instead.
     """
     import tokenizers
     from tokenizers import processors
 
     inner = tokenizers.Tokenizer.from_file(str(file))
-    token = {"id": "begin", "ids": [end], "tokens": [inner.id_to_token(end)]}
+    token = {"id": "end", "ids": [end], "tokens": [inner.id_to_token(end)]}
+    single, pair = ("$A end", "$A end $B:1 end:1") if after else ("end $A", "end $A end:1 $B:1")
     inner.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-        single="begin $A", pair="begin $A begin:1 $B:1", special_tokens=[token]
+        single=single, pair=pair, special_tokens=[token]
     )
     file.write_text(inner.to_str(pretty=True), encoding="utf-8")
 

@@ -14,20 +14,21 @@ read without it: a fine-tuned task begins with a new head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
 from scrimp.errors import UserError, did_you_mean
-from scrimp.models.hub_names import Family
+from scrimp.models.hub_formats import Format
+from scrimp.models.hub_shared import activation_from, activation_to, required
+from scrimp.models.hub_tokenizer import for_encoder
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import TransformerConfig
 
 CLASSES: Final = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
-ACTIVATIONS: Final = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
-                      "quick_gelu": "quick_gelu"}  # fmt: skip
 NEEDED: Final = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "hidden_size", "num_attention_heads",
                  "intermediate_size")  # fmt: skip
 HEADS: Final = {"Model": "none", "ForMaskedLM": "mlm", "ForPreTraining": "mlm", "ForSequenceClassification": "classes"}
@@ -58,16 +59,10 @@ def options_from(family: str, raw: Mapping[str, Any], where: str) -> dict[str, A
     Raises:
         UserError: for what the Transformer does not do, and for what a file does not say.
     """
-    absent = [key for key in NEEDED if raw.get(key) is None]
-    if absent:
-        raise UserError(f"does not say {', '.join(absent)}.", where, "Fetch the file that belongs to the weights.")
-    activation = raw.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        known = did_you_mean(str(activation), ACTIVATIONS)
-        raise UserError(f"the activation `{activation}` is not known.", where, known)
+    required(raw, NEEDED, where)
+    activation = activation_from(raw.get("hidden_act", "gelu"), where)
     kind = raw.get("position_embedding_type") or "absolute"
     for bad, what in (
-        (raw.get("quantization_config"), "quantized weights"),
         (kind != "absolute", f"positions of type `{kind}`"),
         (raw.get("is_decoder") or raw.get("add_cross_attention"), "a decoder's attention"),
         (raw.get("embedding_size", raw["hidden_size"]) != raw["hidden_size"], "factorized embeddings"),
@@ -80,7 +75,7 @@ def options_from(family: str, raw: Mapping[str, Any], where: str) -> dict[str, A
         "layers": raw["num_hidden_layers"], "width": raw["hidden_size"], "heads": raw["num_attention_heads"],
         "hidden": raw["intermediate_size"], "norm": "layernorm", "norm_at": "post", "embed_norm": True,
         "norm_eps": raw.get("layer_norm_eps", 1e-12 if family == "bert" else 1e-5), "positions": "learned",
-        "segments": raw.get("type_vocab_size", 2), "activation": ACTIVATIONS[activation], "causal": False,
+        "segments": raw.get("type_vocab_size", 2), "activation": activation, "causal": False,
         "bias": True, "tied": bool(raw.get("tie_word_embeddings", True)), "pooler": True,
         "init_std": raw.get("initializer_range", 0.02),
     }  # fmt: skip
@@ -95,16 +90,8 @@ def head_from(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     stems = [name.removeprefix(stem) for name in raw.get("architectures") or [] for stem in CLASSES.values()]
     head = next((HEADS[stem] for stem in stems if stem in HEADS), "none")
     if head == "classes":
-        return {"head": head, "classes": len(labels_from(raw))}
+        return {"head": head, "classes": len(raw.get("id2label") or ()) or int(raw.get("num_labels") or 2)}
     return {"head": head, "pooler": head == "none" and any("pooler." in name for name in names)}
-
-
-def labels_from(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes, in their order; those that transformers makes up where a file is silent."""
-    table = raw.get("id2label")
-    if isinstance(table, Mapping) and table:
-        return tuple(str(name) for _, name in sorted(table.items(), key=lambda pair: int(pair[0])))
-    return tuple(f"LABEL_{i}" for i in range(int(raw.get("num_labels") or 2)))
 
 
 def _pad(raw: Mapping[str, Any], usual: int) -> int:
@@ -149,13 +136,12 @@ def options_to(family: str, c: TransformerConfig, labels: Sequence[str] = ()) ->
     Args:
         labels: names of the classes; those that transformers makes up when empty.
     """
-    names = {"gelu_tanh": "gelu_new"}
     ending = next(ending for ending, head in HEADS.items() if head == c.head)
     raw = {
         "architectures": [CLASSES[family] + ending], "model_type": family, "vocab_size": c.vocab,
         "max_position_embeddings": c.context + c.position_offset, "num_hidden_layers": c.layers,
         "hidden_size": c.width, "num_attention_heads": c.heads, "intermediate_size": c.mlp,
-        "hidden_act": names.get(c.activation, c.activation), "layer_norm_eps": c.norm_eps,
+        "hidden_act": activation_to(c.activation), "layer_norm_eps": c.norm_eps,
         "type_vocab_size": c.segments, "tie_word_embeddings": c.tied, "initializer_range": c.init_std,
         "hidden_dropout_prob": c.dropout, "attention_probs_dropout_prob": 0.0, "position_embedding_type": "absolute",
     }  # fmt: skip
@@ -173,7 +159,7 @@ def options_to(family: str, c: TransformerConfig, labels: Sequence[str] = ()) ->
 
 def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Their names and shapes, with the head's."""
-    root = FAMILIES[family].root
+    root = _root(family)
     shapes: dict[str, tuple[int, ...]] = {
         f"{root}embeddings.word_embeddings.weight": (c.vocab, c.width),
         f"{root}embeddings.position_embeddings.weight": (c.context + c.position_offset, c.width),
@@ -196,9 +182,17 @@ def tensors(family: str, c: TransformerConfig) -> dict[str, tuple[int, ...]]:
         elif ours == "head" and c.head == "classes":
             shapes |= _linear(theirs, c.classes, c.width)
     if c.head == "mlm":
-        stem = "cls.predictions" if family == "bert" else "lm_head"
+        stem = _mlm(family)
         shapes |= {f"{stem}.bias": (c.vocab,)} if c.tied else _linear(f"{stem}.decoder", c.vocab, c.width)
     return shapes
+
+
+def _root(family: str) -> str:
+    return "bert." if family == "bert" else "roberta."
+
+
+def _mlm(family: str) -> str:
+    return "cls.predictions" if family == "bert" else "lm_head"
 
 
 def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
@@ -220,22 +214,6 @@ def heads(family: str, c: TransformerConfig) -> dict[str, str]:
     if bert:
         return {**pooler, "classifier": "head"}
     return {"classifier.dense": "pooler", "classifier.out_proj": "head"}
-
-
-def settled(
-    wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """What is read of a folder: everything of the trunk, and of the head the layers that are there and fit.
-
-    Returns:
-        The tensors to read, and the names of the folder's that are left out, as they belong to another head.
-    """
-    layers: dict[str, bool] = {}
-    for name, shape in wanted.items():
-        stem = name.rpartition(".")[0]
-        layers[stem] = layers.get(stem, True) and (not name.startswith(KNOWN_HEADS) or given.get(name) == shape)
-    kept = {name: shape for name, shape in wanted.items() if layers[name.rpartition(".")[0]]}
-    return kept, [name for name in given if name not in kept and name.startswith(KNOWN_HEADS)]
 
 
 def _read(theirs: dict[str, Tensor], c: TransformerConfig) -> dict[str, Tensor]:
@@ -260,7 +238,7 @@ def _read(theirs: dict[str, Tensor], c: TransformerConfig) -> dict[str, Tensor]:
 
 def _write(family: str, ours: dict[str, Tensor], c: TransformerConfig) -> dict[str, Tensor]:
     # The bare model is saved without the root that stands before its parts in others.
-    root, bert = "" if c.head == "none" else FAMILIES[family].root, family == "bert"
+    root = "" if c.head == "none" else _root(family)
     outer = {mine: f"{root}{theirs}" for theirs, mine in OUTER.items()}
     outer |= {mine: theirs if root else theirs.partition(".")[2] for theirs, mine in heads(family, c).items()}
     inner = {mine: theirs for theirs, mine in INNER.items()}
@@ -270,10 +248,10 @@ def _write(family: str, ours: dict[str, Tensor], c: TransformerConfig) -> dict[s
         if stem in outer:
             out[f"{outer[stem]}.{part}"] = tensor
         elif stem == "head":
-            out[f"{'cls.predictions' if bert else 'lm_head'}{'' if c.tied else '.decoder'}.{part}"] = tensor
+            out[f"{_mlm(family)}{'' if c.tied else '.decoder'}.{part}"] = tensor
             if part == "bias" and not c.tied:
                 # transformers 5 has the bias twice where nothing is tied, and adds that of the decoder.
-                out[f"{'cls.predictions' if bert else 'lm_head'}.bias"] = tensor.clone()
+                out[f"{_mlm(family)}.bias"] = tensor.clone()
         elif stem.endswith(".attention.qkv"):
             layer = stem.split(".")[1]
             for x, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
@@ -284,10 +262,19 @@ def _write(family: str, ours: dict[str, Tensor], c: TransformerConfig) -> dict[s
     return out
 
 
-def _family(name: str) -> Family:
-    head = "cls.predictions.decoder.weight" if name == "bert" else "lm_head.decoder.weight"
-    root = "bert." if name == "bert" else "roberta."
-    return Family(root, _read, lambda ours, c: _write(name, ours, c), head)
+def _format(family: str) -> Format:
+    return Format(
+        root=_root(family),
+        options_from=partial(options_from, family),
+        options_to=partial(options_to, family),
+        head_from=head_from,
+        tensors=partial(tensors, family),
+        read=_read,
+        write=partial(_write, family),
+        copies=lambda c: (f"{_mlm(family)}.decoder.weight",) if c.tied else (),
+        heads=KNOWN_HEADS,
+        inputs=for_encoder,
+    )
 
 
-FAMILIES: Final = {name: _family(name) for name in CLASSES}
+FORMATS: Final = {family: _format(family) for family in CLASSES}

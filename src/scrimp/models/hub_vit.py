@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from scrimp.errors import UserError, did_you_mean
+from scrimp.errors import UserError
+from scrimp.models.hub_formats import Format
+from scrimp.models.hub_shared import activation_from, activation_to
+from scrimp.models.hub_tokenizer import for_images
 from scrimp.models.masked_autoencoder import MaskedAutoencoderConfig
 from scrimp.models.patches import PatchConfig
 from scrimp.models.vision import VisionConfig
 
-KINDS: Final = {"vit": "vision", "vit_mae": "masked_autoencoder"}
-"""model_type -> our name of the model."""
-CONFIGS: Final[dict[str, Any]] = {"vit": VisionConfig, "vit_mae": MaskedAutoencoderConfig}
-"""model_type -> the options of that model."""
 HEADS: Final = {"ViTForImageClassification": "classes", "ViTModel": "", "ViTMAEForPreTraining": ""}
 """Classes that are read -> the head of what they are here."""
 DEFAULTS: Final[dict[str, Any]] = {
@@ -33,8 +32,6 @@ DEFAULTS: Final[dict[str, Any]] = {
     "decoder_num_hidden_layers": 8, "decoder_intermediate_size": 2048,
 }  # fmt: skip
 """What transformers takes where a file is silent."""
-ACTIVATIONS: Final = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-                      "quick_gelu": "quick_gelu", "relu": "relu"}  # fmt: skip
 WANTS: Final = {"norm": "layernorm", "norm_at": "pre", "bias": True, "qk_norm": False, "class_token": True}
 """Options without which neither can hold a model."""
 OUTER: Final = {
@@ -66,14 +63,11 @@ def options_from(family: str, raw: Mapping[str, Any], where: str) -> dict[str, A
     name = str((raw.get("architectures") or [usual])[0])
     if name not in HEADS or name.startswith("ViTMAE") != (family == "vit_mae"):
         raise UserError(f"models of class `{name}` cannot be read.", where, f"Known: {', '.join(HEADS)}.")
-    if raw["hidden_act"] not in ACTIVATIONS:
-        known = did_you_mean(str(raw["hidden_act"]), ACTIVATIONS)
-        raise UserError(f"the activation `{raw['hidden_act']}` is not known.", where, known)
     options = {
         "image": _side(raw, "image_size", where), "patch": _side(raw, "patch_size", where),
         "channels": raw["num_channels"], "layers": raw["num_hidden_layers"], "width": raw["hidden_size"],
         "heads": raw["num_attention_heads"], "hidden": raw["intermediate_size"], "norm_eps": raw["layer_norm_eps"],
-        "activation": ACTIVATIONS[raw["hidden_act"]], "qkv_bias": bool(raw["qkv_bias"]),
+        "activation": activation_from(raw["hidden_act"], where), "qkv_bias": bool(raw["qkv_bias"]),
         "init_std": raw["initializer_range"],
     }  # fmt: skip
     if family == "vit_mae":
@@ -96,29 +90,30 @@ def _side(raw: Mapping[str, Any], key: str, where: str) -> int:
     return int(sides.pop())
 
 
-def own(family: str, options: Mapping[str, Any], held: Iterable[str]) -> Any:
-    """The options of a folder's model; only its tensors say whether a base model was saved with its pooler.
+def head_from(raw: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Only its tensors say whether a base model was saved with its pooler.
 
     Args:
-        options: as `options_from` reads them. held: names of the folder's tensors.
+        names: of the folder's tensors.
     """
-    found = CONFIGS[family](**options)
-    if getattr(found, "pooler", False):
-        found = replace(found, pooler=any(name.endswith("pooler.dense.weight") for name in held))
-    return found
+    return (
+        {} if raw.get("model_type") == "vit_mae" else {"pooler": any(n.endswith("pooler.dense.weight") for n in names)}
+    )
 
 
-def options_to(family: str, c: PatchConfig, data: Any = None) -> dict[str, Any]:
+def options_to(family: str, c: PatchConfig, labels: Sequence[str] = ()) -> dict[str, Any]:
     """Our options -> config.json. Whether targets are normalized is a matter of the task, and not said.
 
     Args:
-        data: with the names of its `classes`, if they have any.
+        labels: names of the classes, if they have any.
+    Raises:
+        UserError: naming the options that the family lacks.
     """
-    activations = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "gelu_new"}
+    _check(family, c)
     raw: dict[str, Any] = {
         "model_type": family, "image_size": c.image, "patch_size": c.patch, "num_channels": c.channels,
         "num_hidden_layers": c.layers, "hidden_size": c.width, "num_attention_heads": c.heads,
-        "intermediate_size": c.mlp, "layer_norm_eps": c.norm_eps, "hidden_act": activations[c.activation],
+        "intermediate_size": c.mlp, "layer_norm_eps": c.norm_eps, "hidden_act": activation_to(c.activation),
         "qkv_bias": c.qkv_bias is not False, "initializer_range": c.init_std, "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
@@ -130,25 +125,14 @@ def options_to(family: str, c: PatchConfig, data: Any = None) -> dict[str, Any]:
         }  # fmt: skip
     assert isinstance(c, VisionConfig)
     if c.head == "classes":
-        classes: Sequence[str] = getattr(data, "classes", ())
-        names = classes if len(classes) == c.classes else [f"LABEL_{i}" for i in range(c.classes)]
-        labels = {str(i): name for i, name in enumerate(names)}
-        more = {"id2label": labels, "label2id": {name: int(i) for i, name in labels.items()}}
+        names = labels if len(labels) == c.classes else [f"LABEL_{i}" for i in range(c.classes)]
+        more = {"id2label": {str(i): name for i, name in enumerate(names)},
+                "label2id": {name: i for i, name in enumerate(names)}}  # fmt: skip
         return raw | {"architectures": ["ViTForImageClassification"], **more}
     return raw | {"architectures": ["ViTModel"]}
 
 
-def family_of(c: PatchConfig, family: str = "") -> str:
-    """The family that can hold a model.
-
-    Args:
-        family: the one that is wished, or empty.
-    Raises:
-        UserError: naming the options that it lacks.
-    """
-    own = "vit_mae" if isinstance(c, MaskedAutoencoderConfig) else "vit"
-    if family not in ("", own):
-        raise UserError(f"the model's options are those of {own}, not of {family}.", "family", f"Use {own}.")
+def _check(family: str, c: PatchConfig) -> None:
     off = {key: getattr(c, key) for key, value in WANTS.items() if getattr(c, key) != value}
     for key, bad in (("activation", c.activation == "swiglu"), ("kv_heads", c.kv_heads not in (0, c.heads)),
                      ("head_width", c.head_dim * c.heads != c.width)):  # fmt: skip
@@ -162,11 +146,10 @@ def family_of(c: PatchConfig, family: str = "") -> str:
         off |= {"pooler": "true beside a head"} if c.pooler and c.head == "classes" else {}
     if off:
         said = ", ".join(f"`{key}: {value}`" for key, value in off.items())
-        raise UserError(f"a {own} folder cannot hold a model with {said}.", f"model.{next(iter(off))}")
-    return own
+        raise UserError(f"a {family} folder cannot hold a model with {said}.", f"model.{next(iter(off))}")
 
 
-def tensors(family: str, c: PatchConfig) -> dict[str, tuple[int, ...]]:
+def tensors(c: PatchConfig) -> dict[str, tuple[int, ...]]:
     """Their names and shapes."""
     with torch.device("meta"):
         ours: dict[str, Tensor] = {name: p.detach() for name, p in c.build().named_parameters()}  # type: ignore[attr-defined]
@@ -243,3 +226,21 @@ def _channels_last(tensor: Tensor, c: PatchConfig) -> Tensor:
 def _channels_first(tensor: Tensor, c: PatchConfig) -> Tensor:
     rest = tensor.shape[1:]
     return tensor.reshape(c.patch, c.patch, c.channels, *rest).movedim(2, 0).reshape(-1, *rest)
+
+
+def _format(family: str) -> Format:
+    return Format(
+        root="vit.",
+        options_from=partial(options_from, family),
+        options_to=partial(options_to, family),
+        head_from=head_from,
+        tensors=tensors,
+        spelled=spelled,
+        read=read,
+        write=write,
+        reshaped=True,
+        inputs=for_images,
+    )
+
+
+FORMATS: Final = {family: _format(family) for family in ("vit", "vit_mae")}

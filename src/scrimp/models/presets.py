@@ -11,6 +11,10 @@ LLAMA: Final[dict[str, Any]] = {
     "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False, "tied": False,
 }  # fmt: skip
 
+BART: Final[dict[str, Any]] = {"norm_at": "post", "embed_norm": True, "position_offset": 2}
+
+CLIP: Final[dict[str, Any]] = {"activation": "quick_gelu"}
+
 GPT2: Final[dict[str, Any]] = {"vocab": 50257, "context": 1024, "activation": "gelu_tanh"}
 
 VIT: Final[dict[str, Any]] = {"patch": 16, "norm_eps": 1e-6}
@@ -43,11 +47,22 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     "deit-tiny": TINY,
     "mae-1m": {**SMALL_VIT, "positions": "sincos", "decoder_layers": 2, "decoder_width": 64, "decoder_heads": 4},
     "mae-base": {**BASE, "positions": "sincos", "decoder_layers": 8, "decoder_width": 512, "decoder_heads": 16},
+    "bart-1m": {"layers": 2, "width": 128, "heads": 4, **BART},
+    "bart-base": {"layers": 6, "width": 768, "heads": 12, "vocab": 50265, "context": 1024, **BART},
+    "bart-large": {"layers": 12, "width": 1024, "heads": 16, "vocab": 50265, "context": 1024, **BART},
+    "clip-1m": {"layers": 2, "width": 128, "heads": 4, "image_layers": 3, "patch": 8, "projection": 128, **CLIP},
+    "clip-base-32": {"layers": 12, "width": 512, "heads": 8, "vocab": 49408, "context": 77, "image": 224,
+                     "channels": 3, "patch": 32, "image_width": 768, "image_heads": 12, "projection": 512, **CLIP},
+    "clip-large-14": {"layers": 12, "width": 768, "heads": 12, "vocab": 49408, "context": 77, "image": 224,
+                      "channels": 3, "patch": 14, "image_layers": 24, "image_width": 1024, "image_heads": 16,
+                      "projection": 768, **CLIP},
 }  # fmt: skip
 
 KINDS: Final[dict[str, str]] = {
     **dict.fromkeys(("vit-1m", "vit-tiny", "vit-small", "vit-base", "deit-tiny"), "vision"),
     **dict.fromkeys(("mae-1m", "mae-base"), "masked_autoencoder"),
+    **dict.fromkeys(("bart-1m", "bart-base", "bart-large"), "encoder_decoder"),
+    **dict.fromkeys(("clip-1m", "clip-base-32", "clip-large-14"), "two_towers"),
 }
 """preset -> the name of its model, where that is not `transformer`."""
 

@@ -134,18 +134,21 @@ def linears(model: nn.Module, pattern: str, where: str = "") -> dict[str, Linear
 def blocks(model: nn.Module, where: str = "") -> dict[str, nn.Module]:
     """The repeated blocks: the children of the model's longest `nn.ModuleList` or `nn.Sequential` of one class.
 
+    Where other lists hold the same class, as those of a decoder and of an encoder do, their children are blocks too.
+
     Raises:
         UserError: if the model has none.
     """
-    best: dict[str, nn.Module] = {}
+    lists: list[dict[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             children = {f"{name}.{i}" if name else i: child for i, child in module.named_children()}
-            if len({type(child) for child in children.values()}) == 1 and len(children) > len(best):
-                best = children
-    if not best:
+            if len({type(child) for child in children.values()}) == 1:
+                lists.append(children)
+    if not lists:
         raise UserError("the model has no list of blocks of one class.", where, "Use a model with an nn.ModuleList.")
-    return best
+    kind = type(next(iter(max(lists, key=len).values())))
+    return {name: child for found in lists for name, child in found.items() if type(child) is kind}
 
 
 def wrap_forward(module: nn.Module, around: Callable[[Callable[..., object]], Callable[..., object]]) -> None:

@@ -20,6 +20,7 @@ class CausalLM:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "use_attribute_docstrings": True}
     needs: ClassVar[tuple[str, ...]] = ("tokens",)
+    models: ClassVar[tuple[str, ...]] = ("transformer",)
     label_smoothing: float = 0.0
     """Share of the target's probability spread evenly over the vocabulary, in training only."""
 

@@ -127,6 +127,8 @@ def _parent(found: Mapping[str, nn.Module], where: str) -> str:
     """Path of the list that the blocks are in; empty when the model is the list."""
     names = list(found)
     path = names[0].rpartition(".")[0]
+    if len({name.rpartition(".")[0] for name in names}) > 1:
+        raise UserError("the model has several lists of blocks.", where, "Use a model with one, such as a decoder.")
     if names != [f"{path}.{i}".lstrip(".") for i in range(len(names))]:
         raise UserError(f"the blocks {names[:3]} are not numbered from 0.", where, "Put them into an nn.ModuleList.")
     return path

@@ -63,6 +63,9 @@ class TFixup(Technique):
                         f"`{name}` has no `{seam}` to remove.", run.where(self), "Use the house Transformer."
                     )
                 setattr(block, seam, nn.Identity())
+        if not isinstance(getattr(model, "embed_scale", None), nn.Module):
+            what = f"{type(model).__name__} has no embedding of its own to scale."
+            raise UserError(what, run.where(self), "Use the house Transformer.")
         model.norm = nn.Identity()
         model.embed_scale = Times(math.sqrt(model.config.width))  # type: ignore[union-attr]
         return model

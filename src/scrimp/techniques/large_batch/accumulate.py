@@ -8,7 +8,7 @@ batch, not a mean of means. Dropout does not depend on the split either.
 Source: Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, which warns of the denominator (section 3.3).
 
 Saves: activations, to about 1/parts of theirs. Costs: time where the parts become too small to keep the machine busy.
-Not for: batches that fit anyway, or a loss over pairs within the batch (contrastive).
+Not for: batches that fit anyway, or a loss that compares all items of the batch (contrastive), where it is refused.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Accumulate(Technique):
         section="Large batch training",
         saves="activations, to 1/parts",
         costs="time, when parts are small",
+        micro_batches=True,
         phase={"backward": "accumulated"},
         example={"parts": 2},
         remedies=({"parts": 2}, {"parts": 4}, {"parts": 16}),
