@@ -16,6 +16,14 @@ PAGES = (
     ROOT / "README.md",
     *(page for place in ("", "guides") for page in sorted((ROOT / "docs" / place).glob("*.md"))),
 )
+FOLDERS: Final = {
+    "gpt2": ("GPT-2", "transformer"), "llama": ("Llama", "transformer"), "mistral": ("Mistral", "transformer"),
+    "qwen2": ("Qwen2", "transformer"), "qwen3": ("Qwen3", "transformer"), "bert": ("BERT", "transformer"),
+    "roberta": ("RoBERTa", "transformer"), "xlm-roberta": ("XLM-RoBERTa", "transformer"),
+    "vit-mae": ("ViTMAE", "masked_autoencoder"), "vit": ("ViT", "vision"), "bart": ("BART", "encoder_decoder"),
+    "clip": ("CLIP", "two_towers"),
+}  # fmt: skip
+"""Beginning of a case -> the folder, and the model that it is read as."""
 MARK = re.compile(r"<!-- ([a-z0-9-]+)-table -->\n(.*?)<!-- /\1-table -->", re.DOTALL)
 
 
@@ -105,6 +113,24 @@ def instruct() -> str:
     about = (
         f"{steps} steps of {tokens:,} tokens, {minutes:.1f} minutes on {machine} that others used too; one seed, "
         f"{data['held_out_targets']:,} held-out tokens. {found['about']['model']}"
+    )
+    return "\n".join([*lines, "", about])
+
+
+def parity() -> str:
+    """How far outputs are from those of transformers, at most, over the cases of a family."""
+    found = evidence("parity")
+    families: dict[str, list[dict[str, float]]] = {}
+    for case, row in found["rows"].items():
+        family = next(name for name in FOLDERS if case.startswith(name))
+        families.setdefault(family, []).append(row)
+    lines = ["| folder | model here | cases | read | written |", "|---|---|---|---|---|"]
+    for family, rows in families.items():
+        read, written = (max(row[key] for row in rows) for key in ("read", "written"))
+        lines.append(f"| {FOLDERS[family][0]} | `{FOLDERS[family][1]}` | {len(rows)} | {read:.1e} | {written:.1e} |")
+    about = (
+        f"Largest difference of outputs, float32, small models with random weights in every part; "
+        f"transformers {found['about']['transformers']}, torch {found['about']['environment']['torch']}."
     )
     return "\n".join([*lines, "", about])
 
@@ -266,7 +292,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model", "models"),
     "data": lambda: part_keys("data", "datasets"), "task": lambda: part_keys("task", "tasks"), "presets": presets,
     "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue, "thrifty": thrifty,
-    "tasks": tasks, "instruct": instruct, "pairs": pairs, "vision-results": vision,
+    "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "vision-results": vision,
 }  # fmt: skip
 
 

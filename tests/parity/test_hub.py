@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from scrimp.models.transformer import Transformer, TransformerConfig
 from scrimp.weights import initialize, load_weights, materialize
 
 transformers: Any = pytest.importorskip("transformers")
+Recorder = Callable[[str, object], None]
 
 SIZE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 64}  # fmt: skip
@@ -112,21 +113,16 @@ def difference(a: nn.Module, b: nn.Module) -> float:
     return float((x - y).abs().max())
 
 
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
-    rows = [f"{'max |difference| of logits':28}{'read':>10}{'written':>10}"]
-    yield rows
-    print("\n" + "\n".join(rows))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_both_ways(case: str, tmp_path: Path, table: list[str]) -> None:
+def test_logits_equal_both_ways(case: str, tmp_path: Path, record_property: Recorder) -> None:
     model = saved(tmp_path / "in", case)
     read = ours(tmp_path / "in")
     into = difference(model, read)
     family = hub.write(tmp_path / "out", read.config, named(read), family=CASES[case][0])
     back = difference(reopened(tmp_path / "out"), read)
-    table.append(f"{case:28}{into:10.1e}{back:10.1e}")
+    record_property("case", case)
+    record_property("read", into)
+    record_property("written", back)
     assert family == CASES[case][0]
     assert into < 1e-5
     assert back < 1e-5

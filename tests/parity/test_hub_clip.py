@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from scrimp.models.two_towers import TwoTowers, TwoTowersConfig
 from scrimp.weights import initialize
 
 transformers: Any = pytest.importorskip("transformers")
+Recorder = Callable[[str, object], None]
 
 TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "max_position_embeddings": 20, "eos_token_id": 95}  # fmt: skip
@@ -56,13 +58,13 @@ def differences(a: Any, b: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu", "layer_norm_eps": 1e-3}], ids=str)
-def test_vectors_equal_both_ways(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_vectors_equal_both_ways(changes: dict[str, Any], tmp_path: Path, record_property: Recorder) -> None:
     model = theirs(**changes)
     model.save_pretrained(tmp_path / "in")
     assert hub.read_kind(tmp_path / "in") == "two_towers"
     read = hub.loaded(tmp_path / "in").eval()
     assert isinstance(read, TwoTowers)
-    assert differences(model, read) < 1e-5
+    into = differences(model, read)
     assert hub.write(tmp_path / "out", read.config, named(read)) == "clip"
     path = tmp_path / "out/config.json"
     raw = json.loads(path.read_text())
@@ -70,7 +72,11 @@ def test_vectors_equal_both_ways(changes: dict[str, Any], tmp_path: Path) -> Non
     path.write_text(json.dumps(raw))
     back, info = transformers.CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert differences(back.eval(), read) < 1e-5
+    back = differences(back.eval(), read)
+    record_property("case", "clip" + ("-" + "-".join(map(str, changes.values())) if changes else ""))
+    record_property("read", into)
+    record_property("written", back)
+    assert max(into, back) < 1e-5
     a, b = (load_file(tmp_path / place / "model.safetensors") for place in ("in", "out"))
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert TwoTowersConfig(**hub.read_config(tmp_path / "out")) == read.config

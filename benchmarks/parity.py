@@ -1,0 +1,50 @@
+"""How far outputs are from those of transformers, family by family: `python benchmarks/parity.py` -> evidence/parity.json.
+
+The tests of tests/parity compare a small model with random weights in every part, read from a folder that transformers
+wrote, and written as a folder that transformers reads. This runs them and keeps what they measured.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from xml.etree import ElementTree
+
+from scrimp.folder import environment
+
+ROOT = Path(__file__).parents[1]
+EVIDENCE = ROOT / "evidence" / "parity.json"
+
+
+def main() -> None:
+    """Run the tests and write the evidence; fails where they do."""
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        tests = sorted(str(path) for path in (ROOT / "tests" / "parity").glob("test_hub*.py"))
+        options = [
+            "-q",
+            "-p",
+            "no:xdist",
+            "-o",
+            "addopts=",
+            "-o",
+            "junit_family=xunit1",
+            "-k",
+            "both_ways",
+            f"--junitxml={report}",
+        ]
+        subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT, check=True)
+        cases = ElementTree.parse(report).iter("testcase")
+        found = [{p.get("name"): p.get("value") for p in case.iter("property")} for case in cases]
+    rows = {row["case"]: {key: float(row[key] or 0) for key in ("read", "written")} for row in found if "case" in row}
+    about = {"transformers": version("transformers"), "environment": environment()}
+    EVIDENCE.write_text(json.dumps({"rows": rows, "about": about}, indent=1) + "\n")
+    print(f"{len(rows)} cases, at most {max(max(row.values()) for row in rows.values()):.1e}")
+
+
+if __name__ == "__main__":
+    main()
