@@ -1,4 +1,4 @@
-"""How far outputs are from those of transformers, family by family: `python benchmarks/parity.py` -> evidence/parity.json.
+"""How far outputs are from those of transformers: `python benchmarks/parity.py` -> evidence/parity.json.
 
 The tests of tests/parity compare a small model with random weights in every part, read from a folder that transformers
 wrote, and written as a folder that transformers reads. This runs them and keeps what they measured.
