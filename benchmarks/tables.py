@@ -288,11 +288,29 @@ def vision() -> str:
     return "\n".join([*lines, "", f"{about}, torch {machine['torch']}."])
 
 
+def finetune() -> str:
+    """What fine-tuning a small encoder reached."""
+    lines = [
+        "| recipe | trained weights | steps | seconds | accuracy before | after | TF-IDF and logistic regression |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = evidence("finetune")
+    for name, row in rows.items():
+        shares = [f"{100 * found['accuracy']:.1f} %" for found in (row["before"], row["after"], row["linear"])]
+        lines.append(
+            f"| `{name}` | {row['trained']:,} | {row['steps']} | {row['seconds']:,.0f} | {' | '.join(shares)} |"
+        )
+    machine = next(iter(rows.values()))["environment"]
+    about = f"One run each on {machine['processor']}, threads: {machine['threads']}, beside other work."
+    return "\n".join([*lines, "", f"{about} `benchmarks/finetune.py` measures them."])
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model", "models"),
     "data": lambda: part_keys("data", "datasets"), "task": lambda: part_keys("task", "tasks"), "presets": presets,
     "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue, "thrifty": thrifty,
-    "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "vision-results": vision,
+    "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "finetune": finetune,
+    "vision-results": vision,
 }  # fmt: skip
 
 
