@@ -9,6 +9,7 @@ import glob
 import gzip
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -129,7 +130,7 @@ def _npz(path: Path, field: str, label: str) -> Source:
                 fix = f"{did_you_mean(field, held.files)} Set `data.field`."
                 raise UserError(f"has no array `{field}`.", str(path), fix)
             return _arrays(path, held[x], held[y] if y in held.files else None)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"is not a file of arrays: {error}.", str(path)) from None
