@@ -294,7 +294,9 @@ def test_a_quote_that_is_never_closed_does_not_pass_for_one_row(tmp_path: Path) 
         LabelledData(source=str(tmp_path / "b.csv"), label="label", vocab=300).open()
 
 
-@pytest.mark.parametrize(("kind", "value", "said"), [("label", b"caf\xe9", "not Unicode"), ("score", b"1e39", "no number")])
+@pytest.mark.parametrize(
+    ("kind", "value", "said"), [("label", b"caf\xe9", "not Unicode"), ("score", b"1e39", "no number")]
+)
 def test_a_target_that_cannot_be_kept_is_a_fault(kind: str, value: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("\n".join(["text,target", *LINES]).encode() + b"\nx," + value)
     with pytest.raises(UserError, match=said):

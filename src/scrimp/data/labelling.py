@@ -120,7 +120,7 @@ def _target(row: Row, name: str, score: bool) -> str:
 def _is_number(text: str) -> bool:
     """Whether it is one that float32, as scores are kept, can hold."""
     try:
-        return abs(float(text)) <= np.finfo(np.float32).max
+        return abs(float(text)) <= float(np.finfo(np.float32).max)
     except ValueError:
         return False
 

@@ -114,6 +114,7 @@ def changed(pixels: np.ndarray, sample: np.ndarray, crop: int, flip: bool) -> np
         out[i] = one[:, :, ::-1] if flip and chance.random() < 0.5 else one
     return out
 
+
 def moments(pixels: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel, of values from 0 to 1; a constant channel counts as 1/255.
 

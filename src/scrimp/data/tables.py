@@ -153,7 +153,9 @@ def _lines(path: Path, needed: Sequence[str], columns: Sequence[str]) -> Iterato
         try:
             names = list(columns) or next(reader, [])
         except csv.Error as error:
-            raise UserError(f"its first line is none of a table: {error}.", str(path), "Are its quotes closed?") from None
+            raise UserError(
+                f"its first line is none of a table: {error}.", str(path), "Are its quotes closed?"
+            ) from None
         _check(needed, names, path)
         while True:
             first = reader.line_num + 1
