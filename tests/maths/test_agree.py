@@ -63,10 +63,10 @@ def test_other_images_are_seen_as_the_run_saw_its_own(tmp_path: Path, monkeypatc
     data = {"name": "images", "source": str(tmp_path / "train.npz"), "validation": str(tmp_path / "held.npz")}
     given = {"model": VISION, "task": "classify", "data": data, "batch": 5, "steps": 2, "out": str(tmp_path / "run"),
              "techniques": {"adamw": {"lr": 1e-2}}}  # fmt: skip
-    train(Recipe.read(given))
-    own = evaluate(tmp_path / "run")
-    other = evaluate(tmp_path / "run", data=[str(tmp_path / "held.npz")])
+    run = train(Recipe.read(given)).folder
+    own = evaluate(run)
+    other = evaluate(run, data=[str(tmp_path / "held.npz")])
     assert other == pytest.approx(own, rel=1e-5)
     np.savez(tmp_path / "strange.npz", x=x, y=np.char.add(y, "z"))
     with pytest.raises(UserError, match="does not have"):
-        evaluate(tmp_path / "run", data=[str(tmp_path / "strange.npz")])
+        evaluate(run, data=[str(tmp_path / "strange.npz")])
