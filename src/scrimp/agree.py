@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LEAST: Final = ("vocab", "context", "segments")
 """Sizes of a model that may be larger than the data's; others must be equal."""
+INPUTS: Final = ("vocab", "image")
+"""Sizes that say what a model reads: texts, images."""
 CHOSEN: Final = ("segments",)
 """Options of which 0 means none, so that it is not filled in."""
 
@@ -36,8 +38,14 @@ def configured(recipe: Recipe, data: Any) -> Any:
     config: Any = recipe.model
     if not is_dataclass(recipe.model) or isinstance(recipe.model, type):
         return config
+    _check_needs(recipe, data)
     _check_kind(recipe.task, config)
     known = {f.name for f in fields(config)}
+    read = [name for name in INPUTS if name in sizes(data)]
+    if read and not known.intersection(read) and known.intersection(INPUTS):
+        name, source = component_name("models", config), component_name("datasets", recipe.data)
+        what = f"the model `{name}` reads none of what the data `{source}` holds."
+        raise UserError(what, "model", "Choose the model or the data set that belongs to the other.")
     for name, given in (sizes(data) | _added(recipe.task, data)).items():
         own = getattr(config, name) if name in known else None
         if own == 0 and name in CHOSEN:
@@ -57,6 +65,16 @@ def configured(recipe: Recipe, data: Any) -> Any:
             raise UserError(what, f"model.{name}", "Leave it out.")
         config = replace(config, **{name: wanted}) if wanted else config
     return config
+
+
+def _check_needs(recipe: Recipe, data: Any) -> None:
+    """Whether the data hold what the task trains on."""
+    needs, gives = getattr(recipe.task, "needs", ()), getattr(data, "gives", ("tokens",))
+    lacking = [name for name in needs if name not in gives]
+    if lacking:
+        name, source = component_name("tasks", recipe.task), component_name("datasets", recipe.data)
+        what = f"the task `{name}` needs {' and '.join(lacking)}, and the data `{source}` has {', '.join(gives)}."
+        raise UserError(what, "task", "Choose the task or the data set that belongs to the other.")
 
 
 def _check_kind(task: Any, config: Any) -> None:
@@ -81,12 +99,7 @@ def prepared(recipe: Recipe, data: Any) -> Any:
         UserError: if the data do not hold what the task trains on, or the model is none for it.
     """
     task = recipe.task
-    needs, gives = getattr(task, "needs", ()), getattr(data, "gives", ("tokens",))
-    lacking = [name for name in needs if name not in gives]
-    if lacking:
-        name, source = component_name("tasks", task), component_name("datasets", recipe.data)
-        what = f"the task `{name}` needs {' and '.join(lacking)}, and the data `{source}` has {', '.join(gives)}."
-        raise UserError(what, "task", "Choose the task or the data set that belongs to the other.")
+    _check_needs(recipe, data)
     prepare = getattr(task, "prepared", None)
     task = task if prepare is None else prepare(data)
     fit = getattr(task, "fitted", None)

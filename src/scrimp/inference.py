@@ -12,6 +12,7 @@ import torch
 
 from scrimp.agree import configured, prepared
 from scrimp.clock import Clock
+from scrimp.data.pixels import Pixels
 from scrimp.errors import RecipeError, UserError
 from scrimp.folder import RunFolder
 from scrimp.plain import to_device
@@ -87,6 +88,9 @@ def elsewhere(run: Run, place: Path, words: Sequence[str]) -> Any:
         given["tokenizer"] = str(kept)
     if "labels" in known and getattr(run.data, "labels", ()):
         given["labels"] = list(run.data.labels)
+    # Images are seen as those of the training were: of the same size, and normalized by the same numbers.
+    if isinstance(run.data.train, Pixels):
+        given |= {name: plain(getattr(run.data.train, name)) for name in ("image", "channels", "mean", "std")}
     for word in words:
         if "=" not in word:
             given |= {"source": word} | ({"validation": ""} if "validation" in known else {})

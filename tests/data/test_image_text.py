@@ -199,3 +199,24 @@ def test_an_outline_has_the_sizes_without_the_pictures(tmp_path: Path, cache: Pa
 def test_bad_settings_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(changes))):
         ImageTextData(source="x", image=16, **changes)
+
+
+def filled(path: Path, mode: Any, more: dict[str, bytes] | None = None) -> Path:
+    held = {f"{i}.{kind}": content for i in range(12) for kind, content in (("png", png(i)), ("txt", b"a text"))}
+    with tarfile.open(path, mode) as file:
+        for name, content in (held | (more or {})).items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_what_cannot_be_read_of_shards_and_lists_is_told(tmp_path: Path) -> None:
+    whole = filled(tmp_path / "gz.tar", "w:gz").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole tar file"):
+        settings(tmp_path / "cut.tar").open()
+    deep = filled(tmp_path / "deep.tar", "w", {"x.png": png(99), "x.json": b"[" * 100_000})
+    assert settings(deep, skip=0.5).open().meta["skipped"]["count"] == 1
+    long = listing(tmp_path, [*items(12), {"image": "y" * 5000, "text": "no file has such a name"}])
+    assert settings(long, skip=0.5).open().meta["skipped"]["count"] == 1

@@ -227,7 +227,8 @@ def test_an_outline_has_the_sizes_and_reads_nothing(tmp_path: Path) -> None:
         ({"x": X, "y": Y[:-1]}, "labels must be whole numbers or texts [40]"),
         ({"x": X, "y": Y - 1}, "the label -1 is negative"),
         ({"z": X}, "has no array `image`"),
-        ({"x": X[:1], "y": Y[:1]}, "none is left for"),
+        ({"x": X[:1], "y": Y[:1]}, "there is only one item"),
+        ({"x": X, "y": Y + 2**40}, "is no number of a class"),
     ],
 )
 def test_what_is_no_set_of_images_is_refused(arrays: dict[str, np.ndarray], said: str, tmp_path: Path) -> None:
@@ -240,13 +241,17 @@ def test_what_is_no_set_of_images_is_refused(arrays: dict[str, np.ndarray], said
 def test_other_mistakes_say_what_to_do(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=X, y=Y)
     np.savez(tmp_path / "b.npz", x=X, y=Y + 1)
+    np.save(tmp_path / "f.npy", X)
+    (tmp_path / "f.npy").rename(tmp_path / "f.npz")
     (tmp_path / "c.idx").write_bytes(b"\0\0\x0d\x03")
     (tmp_path / "e-images-idx3-ubyte").write_bytes(idx(X)[:-1])
     for source, more, said in (
         ("none", {}, "`none` has no images"),
-        (tmp_path / "a.npz", {"validation": str(tmp_path / "b.npz")}, "of classes that training has none of: 4"),
+        (tmp_path / "a.npz", {"validation": str(tmp_path / "b.npz")}, "of classes that training does not have: 4"),
         (tmp_path / "c.idx", {}, "is no kind of file with images that is known"),
         (tmp_path / "e-images-idx3-ubyte", {}, "holds 1439 values instead of 1440"),
+        (tmp_path / "f.npz", {}, "is not a file of arrays"),
+        (tmp_path / "a.npz", {"labels": ("0", "1")}, "of classes that `labels` does not have: 2, 3"),
         (tmp_path / "a.npz", {"crop": 6}, "crop must be below the images' 6 pixels"),
     ):
         with pytest.raises(UserError) as error:
@@ -263,3 +268,16 @@ def test_meta_is_json(tmp_path: Path) -> None:
     meta = opened(tmp_path / "d.npz").meta
     assert json.loads(json.dumps(meta)) == meta
     assert meta["images"]["train"] * 36 == meta["files"]["train.bin"]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_of_few_images_one_is_held_out(count: int, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=X[:count], y=Y[:count])
+    data = opened(tmp_path / "d.npz", holdout=1e-6)
+    assert (len(data.train), len(data.validation)) == (count - 1, 1)
+
+
+def test_named_classes_keep_their_numbers(tmp_path: Path) -> None:
+    data = opened(folder(tmp_path / "few"), labels=("z", "d", "c", "b", "a"))
+    assert data.sizes["classes"] == 5 and data.labels[0] == "z"
+    assert pairs(data) == wanted("abcd")

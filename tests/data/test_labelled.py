@@ -279,3 +279,30 @@ def test_a_sorted_run_trains_on_the_same_texts_with_less_to_fill_up(tmp_path: Pa
             for side in (plain, sorted_)]  # fmt: skip
     assert rows[0] == rows[1]
     assert sum(b["tokens"].numel() for b in sorted_) < sum(b["tokens"].numel() for b in plain)
+
+
+LINES = [f"row {i},{i % 2}" for i in range(60)]
+
+
+def test_a_quote_that_is_never_closed_does_not_pass_for_one_row(tmp_path: Path) -> None:
+    """Else all rows after it would be lost and one fault be told."""
+    (tmp_path / "a.csv").write_text("\n".join(["text,label", *LINES, '"oops,1', *LINES]))
+    with pytest.raises(UserError, match="61 of 121 items are faulty"):
+        LabelledData(source=str(tmp_path / "a.csv"), label="label", vocab=300).open()
+    (tmp_path / "b.csv").write_text("\n".join(['"text,label', *LINES]))
+    with pytest.raises(UserError, match="its first line is none of a table"):
+        LabelledData(source=str(tmp_path / "b.csv"), label="label", vocab=300).open()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"), [("label", b"caf\xe9", "not Unicode"), ("score", b"1e39", "no number")]
+)
+def test_a_target_that_cannot_be_kept_is_a_fault(kind: str, value: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("\n".join(["text,target", *LINES]).encode() + b"\nx," + value)
+    with pytest.raises(UserError, match=said):
+        LabelledData(source=str(tmp_path / "a.csv"), **{kind: "target"}, vocab=300, skip=0.0).open()
+
+
+def test_names_that_are_one_number_have_an_order() -> None:
+    orders = [ordered(dict.fromkeys(names)) for names in (["1", "01", "10", "2"], ["10", "01", "2", "1"])]
+    assert orders == [["01", "1", "2", "10"]] * 2

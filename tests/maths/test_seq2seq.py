@@ -155,3 +155,10 @@ def test_too_long_sequences_are_refused() -> None:
         made(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 13, dtype=torch.int64))
     with pytest.raises(ValueError, match="`tokens` to read"):
         made(None, torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_a_long_prompt_is_cut_as_in_training() -> None:
+    """What is beyond the context is dropped at the end, and the end token stays."""
+    made, tokenizer = model(), Letters()
+    said = [written(made, tokenizer, text, 4, 0.0) for text in ("abcdefghijk", "abcdefghijk" + "z" * 9)]
+    assert said[0] == said[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,14 @@ def listed(files: Iterable[Path], names: tuple[str, str, str]) -> list[Path]:
     """
     found = [path.parent / str(row.values.get(names[0])) for path in files if path.suffix.lower() == ".jsonl"
              for row in rows(path)]  # fmt: skip
-    return [path for path in found if path.is_file()]
+    return [path for path in found if _there(path)]
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for one
+        return False
 
 
 def pictures(files: Iterable[Path], names: tuple[str, str, str], faults: Faults) -> Iterator[Picture]:
@@ -96,7 +104,7 @@ def _shard(path: Path, names: tuple[str, str, str], faults: Faults) -> Iterator[
                     held, stem = {}, f"{folder}/{key}"
                 file = shard.extractfile(member)
                 held[ending.lower()] = file.read() if file is not None else b""
-    except tarfile.TarError as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"is not a whole tar file: {error}.", str(path), "Fetch it again.") from None
     yield from _item(f"{path}, {stem}", held, names, faults)
 
@@ -117,5 +125,5 @@ def _item(place: str, held: dict[str, bytes], names: tuple[str, str, str], fault
         if content is None:
             raise ValueError("has no image")
         yield Picture(place, content, _texts(record, names[1]), _label(record, names[2]))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         faults.add(place, str(error))

@@ -14,13 +14,16 @@ import numpy as np
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import located
 from scrimp.data.faults import Faults
+from scrimp.data.items import edge_of
 from scrimp.data.pictures import Label, Source, UnreadableError, decoded, find, sources
-from scrimp.data.pixels import Pixels, Processor
+from scrimp.data.pixels import Pixels, Processor, moments
 from scrimp.errors import UserError
 
 FORMAT: Final = 2
 """Raised whenever the same settings would give other bytes, so that old caches are not used."""
 SPLITS: Final = ("train", "validation")
+MOST: Final = 2**20
+"""Largest number of a class."""
 NAMED: Final = 5
 """Strange classes that are named."""
 
@@ -41,6 +44,11 @@ class Images:
     def processor(self) -> Processor:
         """What an exported model's user needs to know of the images."""
         return Processor(self.train.image, self.train.mean, self.train.std, tuple(self.meta["classes"] or ()))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers."""
+        return tuple(self.meta["classes"] or ())
 
     @property
     def gives(self) -> tuple[str, ...]:
@@ -65,7 +73,7 @@ class ImageData:
     validation: str = ""
     """Source of the held-out images; else a share of `source` is held out."""
     holdout: float = 0.05
-    """Share that is held out, by content, so that copies stay together."""
+    """Share that is held out, by content, so that copies stay together; at least one."""
     image: int = 0
     """Side of the images, to which others are resized and cut; 0 takes that of the first one."""
     channels: int = 0
@@ -74,6 +82,8 @@ class ImageData:
     """Column of .parquet that holds the encoded images, or array of .npz that holds them, `x` if there is none."""
     label: str = "label"
     """Column or array with the labels, whole numbers or texts; of .npz, `y` if there is none."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes in the order of their numbers; empty finds them in the source and sorts them."""
     crop: int = 0
     """Pixels of black around a training image before a square of its size is cut out at random."""
     flip: bool = False
@@ -121,7 +131,7 @@ class ImageData:
         first = _first(parts, self)
         count = sum(len(part.labels) for part in parts)
         kept = sum(len(part.labels) for part in held) or max(1, round(count * self.holdout))
-        names = _classes([label for part in parts for label in part.labels])
+        names = _classes([label for part in parts for label in part.labels], self.labels)
         usual = [0.5] * len(first)
         meta = {"images": {"train": count - (0 if held else kept), "validation": kept}, "image": first.shape[1],
                 "channels": len(first), "classes": names, "mean": usual, "std": usual}  # fmt: skip
@@ -150,6 +160,8 @@ class ImageData:
             named.append(list(zip(names, content_hash(files, root), strict=True)))
         if not self.validation:
             named.append(self.holdout)
+        if self.labels:
+            named.append(self.labels)
         return hashlib.blake2b(json.dumps(named, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -176,30 +188,45 @@ def _build(settings: ImageData, partial: Path) -> dict[str, Any]:
     parts = sources(settings.source, settings.field, settings.label)
     first = _first(parts, settings)
     given = replace(settings, image=first.shape[1], channels=len(first))
-    labels: dict[str, list[Label]] = {split: [] for split in SPLITS}
-    faults = Faults(settings.skip)
-    edge = round(settings.holdout * 2**64)
-    with (partial / "train.bin").open("wb") as train, (partial / "validation.bin").open("wb") as validation:
-        outputs: dict[str, BinaryIO] = {"train": train, "validation": validation}
-        for pixels, label in _readable(parts, given, faults):
-            split = "validation" if not settings.validation and fingerprint(pixels) < edge else "train"
-            outputs[split].write(pixels.tobytes())
-            labels[split].append(label)
-        if settings.validation:
-            others = sources(settings.validation, settings.field, settings.label)
-            for pixels, label in _readable(others, given, faults):
-                validation.write(pixels.tobytes())
-                labels["validation"].append(label)
+    labels, marks, faults = _written(parts, given, round(settings.holdout * 2**64), partial)
     faults.check()
+    if marks and not settings.validation and not all(labels.values()):
+        # Few images, and chance put all on one side: move the nearest over, and begin again.
+        labels, _, faults = _written(parts, given, edge_of(marks, settings.holdout), partial)
     _check(labels)
-    names = _classes(labels["train"])
+    own = labels["train"] + ([] if settings.validation else labels["validation"])
+    names = _classes(own, settings.labels)
     for split in SPLITS if names is not None else ():
-        _numbers(labels[split], names or []).tofile(partial / f"{split}.labels")
+        _numbers(labels[split], names or [], bool(settings.labels)).tofile(partial / f"{split}.labels")
     counts = {split: len(found) for split, found in labels.items()}
     shape = (counts["train"], given.channels, given.image, given.image)
     mean, std = moments(np.memmap(partial / "train.bin", dtype=np.uint8, mode="r", shape=shape))
     return {"images": counts, "image": given.image, "channels": given.channels, "classes": names, "mean": mean,
             "std": std, "skipped": faults.meta()}  # fmt: skip
+
+
+def _written(
+    parts: list[Source], given: ImageData, edge: int, partial: Path
+) -> tuple[dict[str, list[Label]], list[int], Faults]:
+    """One pass over the images. Those whose fingerprint is below `edge` are held out, unless others are named.
+
+    Returns:
+        Labels of each split, fingerprints of the source's images, and what was left out.
+    """
+    labels: dict[str, list[Label]] = {split: [] for split in SPLITS}
+    marks, faults = list[int](), Faults(given.skip)
+    with (partial / "train.bin").open("wb") as train, (partial / "validation.bin").open("wb") as validation:
+        outputs: dict[str, BinaryIO] = {"train": train, "validation": validation}
+        for pixels, label in _readable(parts, given, faults):
+            marks.append(fingerprint(pixels))
+            split = "validation" if not given.validation and marks[-1] < edge else "train"
+            outputs[split].write(pixels.tobytes())
+            labels[split].append(label)
+        held = sources(given.validation, given.field, given.label) if given.validation else []
+        for pixels, label in _readable(held, given, faults):
+            validation.write(pixels.tobytes())
+            labels["validation"].append(label)
+    return labels, marks, faults
 
 
 def _first(parts: list[Source], settings: ImageData) -> np.ndarray:
@@ -231,45 +258,33 @@ def _check(labels: dict[str, list[Label]]) -> None:
             raise UserError(f"of {count} images, none is left for {split}.", "data.holdout", fix)
 
 
-def _classes(labels: list[Label]) -> list[str] | None:
-    """The names of the classes: texts in order, or numbers from 0 to the largest; None without labels."""
+def _classes(labels: list[Label], given: tuple[str, ...] = ()) -> list[str] | None:
+    """The names of the classes: those given, texts in order, or numbers from 0 to the largest; None without labels."""
     if not labels or labels[0] is None:
         return None
+    if given:
+        return list(given)
     if all(isinstance(label, int) for label in labels):
         whole = [int(label) for label in labels if label is not None]
         if min(whole) < 0:
             raise UserError(f"the label {min(whole)} is negative.", "data.label", "Number the classes from 0.")
+        if max(whole) > MOST:
+            raise UserError(f"the label {max(whole)} is no number of a class.", "data.label", "Number them from 0.")
         return [str(i) for i in range(max(whole) + 1)]
     return sorted({str(label) for label in labels})
 
 
-def _numbers(labels: list[Label], names: list[str]) -> np.ndarray:
+def _numbers(labels: list[Label], names: list[str], given: bool = False) -> np.ndarray:
     """Labels as numbers of the classes: int64."""
     place = {name: i for i, name in enumerate(names)}
     strange = sorted({str(label) for label in labels} - place.keys())
     if strange:
-        what = f"held-out images are of classes that training has none of: {', '.join(strange[:NAMED])}."
-        raise UserError(what, "data.validation", "Use sources of the same classes.")
+        known = "`labels`" if given else "training"
+        what = f"images are of classes that {known} does not have: {', '.join(strange[:NAMED])}."
+        raise UserError(what, "data", f"Known: {', '.join(names[:20])}.")
     return np.array([place[str(label)] for label in labels], dtype=np.int64)
 
 
 def fingerprint(pixels: np.ndarray) -> int:
     """64 bits of an image's content, so that copies get the same split."""
     return int.from_bytes(hashlib.blake2b(pixels.tobytes(), digest_size=8).digest(), "little")
-
-
-def moments(pixels: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel, of values from 0 to 1; a constant channel counts as 1/255.
-
-    Args:
-        pixels: uint8 [items, channels, H, W]. chunk: items at once.
-    """
-    total, squares = np.zeros(pixels.shape[1], np.uint64), np.zeros(pixels.shape[1], np.uint64)
-    for begin in range(0, len(pixels), chunk):
-        part = pixels[begin : begin + chunk].astype(np.uint32)
-        total += part.sum((0, 2, 3), dtype=np.uint64)
-        squares += (part * part).sum((0, 2, 3), dtype=np.uint64)
-    count = pixels.size // pixels.shape[1]
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
-    return (mean / 255).tolist(), (std / 255).tolist()

@@ -38,7 +38,7 @@ class Data:
     meta: dict[str, Any]
     """key; tokens, documents (conversations) and windows of each split; vocab, dtype, end (id) and end_token (text);
     skipped: rows left out, too_long: conversations that exceeded the context, silent: those without an answer left."""
-    gives: tuple[str, ...] = ("tokens",)
+    gives: tuple[str, ...] = ("tokens", "targets", "documents")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,11 @@ def edge_of(marks: list[int], holdout: float) -> int:
     """
     edge, lowest, highest = round(holdout * 2**64), min(marks), max(marks)
     if lowest == highest:
-        raise UserError("there is only one item, and one more must be held out.", "data.source", "Give at least two.")
+        raise UserError(
+            "there is only one item, or copies of one, and another must be held out.",
+            "data.source",
+            "Give two at least.",
+        )
     return min(max(edge, lowest + 1), highest)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from scrimp.data.documents import fingerprint
 from scrimp.data.faults import Faults
+from scrimp.data.items import edge_of
 from scrimp.data.padded import save
 from scrimp.data.tables import Row, rows, text_of, value_of
 from scrimp.data.tokenizer import Tokenizer, framed, train_bpe, with_mask
@@ -110,12 +110,17 @@ def _target(row: Row, name: str, score: bool) -> str:
         raise ValueError(f"its field `{name}` is no name but {said[:40]}")
     if score and not _is_number(said):
         raise ValueError(f"its field `{name}` is no number but {said[:40]}")
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"its field `{name}` is not Unicode") from None
     return said
 
 
 def _is_number(text: str) -> bool:
+    """Whether it is one that float32, as scores are kept, can hold."""
     try:
-        return math.isfinite(float(text))
+        return abs(float(text)) <= float(np.finfo(np.float32).max)
     except ValueError:
         return False
 
@@ -123,18 +128,18 @@ def _is_number(text: str) -> bool:
 def ordered(names: set[str]) -> list[str]:
     """Names of classes, sorted: as numbers if all are whole numbers."""
     numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=int) if numbers else sorted(names)
+    return sorted(names, key=lambda name: (int(name), name)) if numbers else sorted(names)
 
 
 def parted(table: Table, holdout: float) -> tuple[Table, Table]:
-    """Training and held-out rows, by content; at least one is held out, and not all."""
+    """Training and held-out rows, by content; at least one is held out, and not all.
+
+    Raises:
+        UserError: if all texts are alike.
+    """
     marks = [fingerprint("\n".join(texts)) for texts in
              (zip(table.texts, table.pairs, strict=True) if table.pairs else ((t,) for t in table.texts))]  # fmt: skip
-    edge = round(holdout * 2**64)
-    if marks and min(marks) >= edge:
-        edge = min(marks) + 1
-    elif marks and max(marks) < edge:
-        edge = max(marks)
+    edge = edge_of(marks, holdout)
     return table.chosen(lambda i: marks[i] >= edge), table.chosen(lambda i: marks[i] < edge)
 
 

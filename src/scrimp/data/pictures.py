@@ -9,6 +9,7 @@ import glob
 import gzip
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from scrimp.data.documents import open_parquet
 from scrimp.errors import UserError, did_you_mean
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
@@ -129,7 +131,7 @@ def _npz(path: Path, field: str, label: str) -> Source:
                 fix = f"{did_you_mean(field, held.files)} Set `data.field`."
                 raise UserError(f"has no array `{field}`.", str(path), fix)
             return _arrays(path, held[x], held[y] if y in held.files else None)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, TypeError, OSError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"is not a file of arrays: {error}.", str(path)) from None
@@ -161,25 +163,20 @@ def _idx_array(path: Path) -> np.ndarray:
 
 
 def _parquet(path: Path, field: str, label: str) -> Source:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError("pyarrow is not installed.", str(path), INSTALL) from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            names, rows = file.schema_arrow.names, file.metadata.num_rows
-            if field not in names:
-                fix = f"{did_you_mean(field, names)} Set `data.field`."
-                raise UserError(f"has no column `{field}`.", str(path), fix)
+    with open_parquet(path) as file:
+        names, rows = file.schema_arrow.names, file.metadata.num_rows
+        if field not in names:
+            fix = f"{did_you_mean(field, names)} Set `data.field`."
+            raise UserError(f"has no column `{field}`.", str(path), fix)
+        try:
             labels = file.read([label]).column(0).to_pylist() if label in names else [None] * rows
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"is not a parquet file: {error}.", str(path)) from None
+        except (OSError, ValueError) as error:  # pyarrow's faults of content are ValueErrors
+            raise UserError(f"is damaged: {error}.", str(path)) from None
     if label in names and not all(isinstance(value, int | str) and not isinstance(value, bool) for value in labels):
         raise UserError(f"its column `{label}` is neither whole numbers nor texts.", str(path), "Set `data.label`.")
 
     def pictures() -> Iterator[tuple[str, Raw]]:
-        with parquet.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             batches = file.iter_batches(batch_size=64, columns=[field])
             for i, value in enumerate(value for part in batches for value in part.column(0).to_pylist()):
                 # Hugging Face's data sets keep {bytes, path}.

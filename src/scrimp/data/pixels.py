@@ -113,3 +113,20 @@ def changed(pixels: np.ndarray, sample: np.ndarray, crop: int, flip: bool) -> np
         one = around[i, :, down : down + height, right : right + width]
         out[i] = one[:, :, ::-1] if flip and chance.random() < 0.5 else one
     return out
+
+
+def moments(pixels: np.ndarray, chunk: int = 4096) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, of values from 0 to 1; a constant channel counts as 1/255.
+
+    Args:
+        pixels: uint8 [items, channels, H, W]. chunk: items at once.
+    """
+    total, squares = np.zeros(pixels.shape[1], np.uint64), np.zeros(pixels.shape[1], np.uint64)
+    for begin in range(0, len(pixels), chunk):
+        part = pixels[begin : begin + chunk].astype(np.uint32)
+        total += part.sum((0, 2, 3), dtype=np.uint64)
+        squares += (part * part).sum((0, 2, 3), dtype=np.uint64)
+    count = pixels.size // pixels.shape[1]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 1.0))
+    return (mean / 255).tolist(), (std / 255).tolist()

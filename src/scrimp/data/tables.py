@@ -150,16 +150,24 @@ def _lines(path: Path, needed: Sequence[str], columns: Sequence[str]) -> Iterato
         tabs = path.suffix.lower() == ".tsv"
         # strict: a quote that is never closed is told as a fault, instead of making the rest of the file one text.
         reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(file, strict=True)
-        names = list(columns) or next(reader, [])
+        try:
+            names = list(columns) or next(reader, [])
+        except csv.Error as error:
+            raise UserError(
+                f"its first line is none of a table: {error}.", str(path), "Are its quotes closed?"
+            ) from None
         _check(needed, names, path)
         while True:
-            where = f"{path}, line {reader.line_num + 1}"
+            first = reader.line_num + 1
+            where = f"{path}, line {first}"
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield Row(where, fault=f"is not a line of a table: {error}")
+                # Each line that was swallowed, so that a quote which is never closed does not pass for one faulty row.
+                for line in range(first, reader.line_num + 1):
+                    yield Row(f"{path}, line {line}", fault=f"is not a line of a table: {error}")
                 continue
             if len(values) == len(names):
                 yield Row(where, dict(zip(names, values, strict=True)))

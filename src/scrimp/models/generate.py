@@ -34,7 +34,8 @@ def written(
     device = next(model.parameters()).device
     end = tokenizer.end
     if isinstance(model, EncoderDecoder):
-        ids = torch.tensor([*tokenizer.encode(prompt), end], device=device)
+        # A long text is cut as those of the training are: its beginning stays, and its end token.
+        ids = torch.tensor([*tokenizer.encode(prompt)[: model.config.context - 1], end], device=device)
         out = respond(model, ids, end, count, temperature, generator, end)
     elif getattr(config, "causal", False) and getattr(config, "head", "lm") in ("", "lm"):
         ids = torch.tensor(prompted(tokenizer, prompt), device=device)

@@ -52,7 +52,8 @@ class TransformerConfig(Trunk):
     classes: int = 0
     """Outputs of the `classes` head."""
     pooling: Literal["", "first", "mean", "last"] = ""
-    """Which states stand for the sequence, where the head wants one; empty means as the task says, or the first."""
+    """Which states stand for the sequence, where the head wants one; empty means as the task says, or the
+    last of a causal model, whose first token sees no other, and the first of others."""
     pooler: bool = False
     """A linear layer and tanh over the first state, as BERT has; not with another `pooling`."""
 
@@ -67,7 +68,12 @@ class TransformerConfig(Trunk):
     @property
     def pooled(self) -> bool:
         """Whether there is a pooler, where the head wants a state of the sequence."""
-        return self.pooler and self.pooling in ("", "first")
+        return self.pooler and self.pools == "first"
+
+    @property
+    def pools(self) -> str:
+        """`pooling`, chosen where it is left open."""
+        return self.pooling or ("last" if self.causal and not self.pooler else "first")
 
     def build(self) -> Transformer:
         """The model, on the default device, uninitialized."""
@@ -187,11 +193,12 @@ class Transformer(nn.Module):
 
     def pooled(self, x: Tensor, attended: Tensor | None) -> Tensor:
         """States [B, T, C] -> what stands for the sequence, [B, C]."""
-        if self.config.pooling in ("", "first"):
+        pools = self.config.pools
+        if pools == "first":
             return torch.tanh(self.pooler(x[:, 0])) if self.config.pooler else x[:, 0]
         if attended is None:
-            return x[:, -1] if self.config.pooling == "last" else x.mean(1)
-        if self.config.pooling == "last":
+            return x[:, -1] if pools == "last" else x.mean(1)
+        if pools == "last":
             return x[torch.arange(len(x), device=x.device), attended.sum(1) - 1]
         count = attended[..., None].to(x.dtype)
         return (x * count).sum(1) / count.sum(1)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from scrimp.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -23,6 +25,17 @@ class CausalLM:
     models: ClassVar[tuple[str, ...]] = ("transformer",)
     label_smoothing: float = 0.0
     """Share of the target's probability spread evenly over the vocabulary, in training only."""
+
+    def fitted(self, config: Any) -> CausalLM:
+        """The task, if the model is one for it.
+
+        Raises:
+            UserError: if each token sees those after it, which are what it should predict.
+        """
+        if not getattr(config, "causal", True):
+            what = "the task `causal-lm` predicts the next token, which this model sees."
+            raise UserError(what, "model.causal", "Leave it out, or use the task `masked-lm`.")
+        return self
 
     def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
         """A batch of inputs and targets, [B, T].

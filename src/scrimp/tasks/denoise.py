@@ -69,7 +69,14 @@ class Denoise:
         return max(0, max(self.marks(data)) + 1 - data.tokenizer.vocab)
 
     def prepared(self, data: Any) -> GapsTask:
-        """The task, with the ids that it uses."""
+        """The task, with the ids that it uses.
+
+        Raises:
+            UserError: if the data are conversations, whose padding would be taken for text.
+        """
+        if "targets" in getattr(data, "gives", ()):
+            what = "the data's windows hold conversations and padding, and not one text."
+            raise UserError(what, "data", "Choose the data set `text`.")
         return GapsTask(self, data.tokenizer.end, self.marks(data))
 
 

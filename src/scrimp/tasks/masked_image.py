@@ -14,7 +14,7 @@ Legend of shapes: B batch, N patches, K visible patches, P values of a patch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final
 
 import numpy as np
@@ -53,7 +53,7 @@ class MaskedImage:
         Raises:
             UserError: if the model reconstructs no images, has another patch, or too few patches to hide some.
         """
-        if not hasattr(config, "decoder_layers"):
+        if not {"decoder_layers", "patch"} <= {f.name for f in fields(config)}:
             fix = "Use `name: masked_autoencoder`, or one of its presets."
             raise UserError("the task `masked-image` needs a model that predicts patches.", "model", fix)
         if self.patch not in (0, config.patch):

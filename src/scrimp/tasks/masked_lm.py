@@ -53,10 +53,11 @@ class MaskedLM:
         """The task, knowing the data's special tokens.
 
         Raises:
-            UserError: if the data have no texts, or their tokenizer no mask token.
+            UserError: if the data have no plain texts, or their tokenizer no mask token.
         """
-        if not {"tokens", "texts"} & set(getattr(data, "gives", ("tokens",))):
-            raise UserError("the data have no texts.", "data", "Choose `text` or `labelled`.")
+        gives = set(getattr(data, "gives", ("tokens",)))
+        if not {"tokens", "texts"} & gives or "targets" in gives:
+            raise UserError("the data have no plain texts.", "data", "Choose `text` or `labelled`.")
         tokenizer = data.tokenizer
         if getattr(tokenizer, "mask", None) is None:
             fix = "Set `data.mask: true`, or give a tokenizer.json that has [MASK] or <mask>."
