@@ -65,6 +65,8 @@ def measured(name: str, changes: list[str]) -> dict[str, Any]:
     used = time.process_time()
     result = train(recipe, save=False, observe=see)
     used = time.process_time() - used
+    if result.reason != "finished":
+        raise SystemExit(f"{name} was {result.reason}: its row is not written.")
     run = result.run
     kept = ("documents", "rows", "tokens", "vocab", "classes", "faulty")
     row = {
