@@ -60,7 +60,7 @@ def functions(node: ast.AST, name: str) -> Iterator[tuple[str, Function]]:
 
 
 def pair(name: str, node: Function, lines: list[str]) -> dict[str, Any] | None:
-    """One function of a file's lines; None if it has no docstring, no other code, or one of a length that is not taken."""
+    """One function of a file's lines; None if it has no docstring, no other code, or either has an unusual length."""
     said, last = ast.get_docstring(node), node.end_lineno
     first, *rest = node.body
     if not said or not rest or last is None or first.end_lineno is None or first.lineno == node.lineno:

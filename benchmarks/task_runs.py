@@ -1,9 +1,10 @@
-"""What the shipped recipes learn: `python benchmarks/task_runs.py --place FOLDER [NAME ...]` -> evidence/task_runs.json.
+"""What the shipped recipes learn: `python benchmarks/task_runs.py [NAME ...]` -> evidence/task_runs.json.
 
-Each recipe is trained once, on one thread; its task's metrics over the same held-out items are measured before the first
-step and after the last. Seconds are those of the steps, by the wall clock. FOLDER has what the recipes say that they
-need: `minilm`, `docstrings.jsonl` of benchmarks/docstrings.py, and `emoji` of benchmarks/emoji.py. Rows are replaced one
-by one. benchmarks/finetune.py, vision.py and instructions.py measure the other recipes.
+Each recipe is trained once, on one thread; its task's metrics over the same held-out items are measured before the
+first step and after the last. Seconds are those of the steps, by the wall clock. The working folder, or --place, has
+what the recipes say that they need: `minilm`, `docstrings.jsonl` of benchmarks/docstrings.py, and `emoji` of
+benchmarks/emoji.py. Rows are replaced one by one. benchmarks/finetune.py, vision.py and instructions.py measure the
+other recipes.
 
 `embed` and `regress` are also held against TF-IDF, on the same held-out texts: the nearest by cosine, and ridge
 regression.
