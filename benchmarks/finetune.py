@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from scrimp.data.faults import Faults
 from scrimp.data.labelling import gathered, parted
 from scrimp.data.tables import find
 from scrimp.folder import environment
@@ -55,8 +56,9 @@ def linear(settings: Any) -> dict[str, float]:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    table = gathered(settings, find(settings.source, "source"))
-    held = gathered(settings, find(settings.validation, "validation")) if settings.validation else None
+    faults = Faults(settings.skip)
+    table = gathered(settings, find(settings.source), faults)
+    held = gathered(settings, find(settings.validation), faults) if settings.validation else None
     table, held = (table, held) if held is not None else parted(table, settings.holdout)
     began = time.perf_counter()
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)

@@ -19,7 +19,7 @@ from scrimp.data.faults import Faults
 from scrimp.data.tables import find, rows
 from scrimp.errors import did_you_mean
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever the same settings would give other tokens."""
 BATCH: Final = 512
 """Conversations that are tokenized at once."""

@@ -28,7 +28,7 @@ from scrimp.data.text import TRAINED
 from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer
 from scrimp.errors import UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever the same settings would give other items, so that old caches are not used."""
 GIVES: Final = ("images", "captions")
 SALT: Final = 0x1A4E

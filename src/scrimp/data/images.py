@@ -18,7 +18,7 @@ from scrimp.data.pictures import Label, Source, UnreadableError, decoded, find, 
 from scrimp.data.pixels import Pixels, Processor
 from scrimp.errors import UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever the same settings would give other bytes, so that old caches are not used."""
 SPLITS: Final = ("train", "validation")
 NAMED: Final = 5

@@ -22,7 +22,7 @@ from scrimp.data.tables import find
 from scrimp.data.tokenizer import Tokenizer
 from scrimp.errors import UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever the same settings would give other items, so that old caches are not used."""
 
 

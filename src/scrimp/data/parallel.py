@@ -24,7 +24,7 @@ from scrimp.data.text import TRAINED
 from scrimp.data.tokenizer import Tokenizer, bytes_tokenizer
 from scrimp.errors import UserError
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Raised whenever the same settings would give other tokens, so that old caches are not used."""
 SPLITS: Final = ("train", "validation")
 GIVES: Final = ("source", "target")
