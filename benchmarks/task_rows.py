@@ -30,7 +30,7 @@ class Entry:
 SCRATCH: Final = "from scratch"
 MINILM: Final = "MiniLM"
 LIBRARY: Final = "Python's library"
-FUNCTIONS: Final = "its functions and docstrings"
+FUNCTIONS: Final = "functions of Python's library"
 LOSS: Final = {"loss": "loss"}
 ACCURACY: Final = {"accuracy": "accuracy %"}
 ENTRIES: Final = (
