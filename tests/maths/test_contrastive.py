@@ -17,7 +17,7 @@ from scrimp.models.two_towers import TwoTowersConfig
 from scrimp.recipe import Recipe
 from scrimp.tasks.contrastive import Contrastive, PairingTask, paired
 from scrimp.weights import initialize
-from tiny import Letters, example, recipe
+from tiny import Letters, TinyData, example, recipe
 
 MODEL = {"name": "two_towers", "layers": 1, "width": 16, "heads": 2, "patch": 8, "projection": 8}
 
@@ -132,10 +132,19 @@ def test_parts_of_a_batch_are_refused() -> None:
     recipe(example("accumulate"), model={"name": "encoder_decoder", "width": 16, "heads": 2}, task="denoise")
 
 
+class Captioned(TinyData):
+    """Says that it has images and captions."""
+
+    def open(self) -> Any:
+        opened = super().open()
+        opened.gives = ("images", "captions", "tokens")
+        return opened
+
+
 def test_only_its_own_model_is_trained() -> None:
     from scrimp.agree import configured
 
-    made = recipe(task="contrastive")
+    made = recipe(task="contrastive", data=Captioned())
     with pytest.raises(UserError, match="the task `contrastive` trains a model `two_towers`, not `transformer`"):
         configured(made, made.data.open())
     made = recipe(model=MODEL)
