@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from scrimp.errors import RecipeError, UserError
 from scrimp.registry import classes
-from scrimp.technique import PHASES, SLOTS, Technique, overrides
+from scrimp.technique import PHASES, SLOTS, Card, Technique, overrides
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,19 @@ def clash(a: Technique, b: Technique) -> str:
         if a.card.scope and b.card.scope:
             hint = f", or limit one of them to some parameters with `{a.card.scope}`"
         return f"`{a.name}` and `{b.name}` both set the {thing}. Drop one of them{hint}."
+    for one, other in ((a, b), (b, a)):
+        for thing in sorted(set(one.card.refuses) & things(other.card)):
+            return f"`{one.name}` does not go with `{other.name}`: {one.card.refuses[thing]} Drop one of them."
     both = sorted(set(a.card.replaces) & set(b.card.replaces))
     for slot in both:
         if not (a.card.scope and apart):
             return f"`{a.name}` and `{b.name}` both replace `{slot}`. Drop one of them."
     return ""
+
+
+def things(card: Card) -> set[str]:
+    """What a technique sets, for the cards of others that cannot stand beside it."""
+    return {*card.sets, *(("frozen weights",) if card.trains else ())}
 
 
 def clashes(techniques: Sequence[Technique], where: str = "techniques") -> list[UserError]:

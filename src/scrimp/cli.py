@@ -334,11 +334,17 @@ def first_line(entry: Entry) -> str:
 
 
 def rivals(entry: Entry) -> list[str]:
-    """Techniques that set the same thing."""
+    """Techniques that set the same thing, or something that one of the two refuses."""
+    from scrimp.arrange import things
     from scrimp.registry import catalogue
 
-    mine = set(entry.card.sets)
-    return [name for name, other in catalogue().items() if name != entry.name and mine & set(other.card.sets)]
+    mine, refused = set(entry.card.sets), set(entry.card.refuses)
+    return [
+        name
+        for name, other in catalogue().items()
+        if name != entry.name
+        and (mine & set(other.card.sets) or refused & things(other.card) or set(other.card.refuses) & things(entry.card))
+    ]
 
 
 def described(entry: Entry) -> dict[str, Any]:

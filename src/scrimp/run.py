@@ -65,6 +65,12 @@ class Run:
     loss: Loss | None = None
     backward: Backward | None = None
     step: Step | None = None
+    gauges: dict[str, float] = field(default_factory=dict[str, float])
+    """Numbers of techniques, such as a density, that each step's line in metrics.jsonl shows."""
+    remarks: list[str] = field(default_factory=list[str])
+    """What techniques say to the user when a stage begins; a sentence each."""
+    signals: list[str] = field(default_factory=list[str])
+    """Reasons of techniques to end the stage after this step; the cut is recorded like any other."""
     evaluate: Evaluate | None = None
 
     def fold(self, slot: str, value: Any) -> Any:
@@ -91,6 +97,11 @@ class Run:
     def where(self, technique: Technique, setting: str = "") -> str:
         """A technique's path in the recipe, for errors."""
         return f"techniques.{technique.name}" + (f".{setting}" if setting else "")
+
+    def log(self, technique: Technique, **values: float) -> None:
+        """Show numbers in each step's line from now on, as `<technique>_<name>`."""
+        key = self.order.key(technique)
+        self.gauges.update({f"{key}_{name}": value for name, value in values.items()})
 
     def read(self, value: Tensor, worst: float) -> float:
         """A scalar's value; `worst` while planning, when tensors have none."""

@@ -114,7 +114,7 @@ def measure(run: Run, session: Session) -> bool:
 
 def record(run: Run, session: Session, fields: dict[str, Any]) -> None:
     """One step's line for metrics.jsonl and for the progress view."""
-    line = {"step": run.clock.step, **fields, "position": run.clock.position, "stage": run.clock.stage,
+    line = {"step": run.clock.step, **fields, **run.gauges, "position": run.clock.position, "stage": run.clock.stage,
             "peak_bytes": memory_peak(run.device)}  # fmt: skip
     if (joules := session.energy.joules()) is not None:
         line["joules"] = joules

@@ -59,19 +59,19 @@ SLOTS: Final[dict[str, str]] = {
 """Every slot and when it is called."""
 
 PHASES: Final[dict[str, tuple[str, ...]]] = {
-    "model": ("architecture", "seams", "frozen"),
-    "wrap": ("precision", "recompute", "saved", "compile", "shard"),
+    "model": ("sizes", "architecture", "seams", "frozen"),
+    "wrap": ("tokens", "precision", "recompute", "saved", "compile", "dropped", "shard"),
     "init": ("fill", "scale"),
-    "carry": ("rewind", "grow"),
+    "carry": ("rewind", "grow", "widen", "masked"),
     "optimizer": ("rule", "states"),
-    "schedule": ("shape", "warm-up"),
+    "schedule": ("shape", "warm-up", "time", "rounds"),
     "items": ("filter", "sample"),
-    "batch": ("length", "augment"),
+    "batch": ("length", "resolution", "augment"),
     "loss": ("auxiliary", "scaled"),
-    "backward": ("micro-batch", "accumulated", "perturbed", "unscaled"),
+    "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled"),
     "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
     "evaluate": ("averaged",),
-    "export": ("merged", "averaged"),
+    "export": ("whole", "folded", "collapsed", "merged", "averaged"),
 }
 """The order within a slot, innermost first: a later phase wraps an earlier one.
 
@@ -104,6 +104,9 @@ class Card:
     """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest."""
     replaces: tuple[str, ...] = ()
     """Slots whose incoming value it discards: folded first in its phase, and two of them clash."""
+    refuses: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What others set (`sets`) that it cannot stand beside -> why, as a sentence. "frozen weights" is what every tuning
+    method sets."""
     micro_batches: bool = False
     """Whether it computes a batch in parts, which a task whose loss compares all items of a batch forbids."""
     phase: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -260,6 +263,18 @@ def at_least(least: float, technique: Technique, *settings: str) -> None:
         value = getattr(technique, name)
         if not value >= least:
             raise UserError(f"{name} must be at least {least}, not {value}.")
+
+
+def below_one(technique: Technique, *settings: str) -> None:
+    """Check shares among a technique's settings: at least 0 and less than 1.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    for name in settings:
+        value = getattr(technique, name)
+        if not 0 <= value < 1:
+            raise UserError(f"{name} must be at least 0 and less than 1, not {value}.")
 
 
 def overrides(technique: Technique | type[Technique], slot: str) -> bool:

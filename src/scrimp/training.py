@@ -174,6 +174,8 @@ def _stages(begun: Begun, session: Session) -> Result:
         del last, source
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
+        for remark in run.remarks:
+            session.observe("note", {"text": f"Note: {remark}"})
         reason = session.ended or _stage(run, stage_end(run), session)
         if clock.done or reason != "finished":
             break
@@ -216,6 +218,8 @@ def _stage(run: Run, end: int, session: Session) -> str:
             return "interrupted"
         if save and clock.step % save == 0 and not clock.done:
             snapshot(run, session)
+        if run.signals and not clock.done:
+            break
     return "finished"
 
 

@@ -49,7 +49,7 @@ class Stack(Technique):
         saves="time of early steps",
         costs="a jump of the loss at each growth",
         sets=("depth schedule",),
-        phase={"model": "architecture", "carry": "grow"},
+        phase={"model": "sizes", "carry": "grow"},
         example={"at": (0.5,)},
         neutral={"at": ()},
     )
