@@ -343,7 +343,9 @@ def rivals(entry: Entry) -> list[str]:
         name
         for name, other in catalogue().items()
         if name != entry.name
-        and (mine & set(other.card.sets) or refused & things(other.card) or set(other.card.refuses) & things(entry.card))
+        and (
+            mine & set(other.card.sets) or refused & things(other.card) or set(other.card.refuses) & things(entry.card)
+        )
     ]
 
 
