@@ -78,9 +78,10 @@ def score(
 
 
 def _plain(recipe: Recipe, watch: Any) -> Recipe:
-    """The recipe without techniques that leave items out, and with what the method watches."""
+    """The recipe without techniques that leave items out, with what the method watches, and writing no sample."""
     kept = [t for t in recipe.techniques if t.card.section != SECTION]
-    return replace(recipe, techniques=(*kept, watch) if watch is not None else tuple(kept))
+    silent = replace(recipe.sample, tokens=0)
+    return replace(recipe, techniques=(*kept, watch) if watch is not None else tuple(kept), sample=silent)
 
 
 def _begun(out: Path, about: dict[str, Any]) -> np.ndarray:
