@@ -1,7 +1,7 @@
 """How far results are from those of other libraries: `python benchmarks/parity.py` -> evidence/parity.json.
 
 The tests of tests/parity compare a small model with random weights in every part, read from a folder that transformers
-wrote, and written as a folder that transformers reads; and techniques with other libraries' over many steps, in float64.
+wrote, and written as a folder that transformers reads; and techniques with those of other libraries over many steps.
 This runs them and keeps what they measured.
 """
 
@@ -49,9 +49,8 @@ def main() -> None:
             techniques.setdefault(str(row["technique"]), []).append(seen)
     about = {"transformers": version("transformers"), "environment": environment()}
     EVIDENCE.write_text(json.dumps({"rows": rows, "techniques": techniques, "about": about}, indent=1) + "\n")
-    print(
-        f"{len(rows)} cases, at most {max(max(row.values()) for row in rows.values()):.1e}; {len(techniques)} techniques"
-    )
+    worst = max(max(row.values()) for row in rows.values())
+    print(f"{len(rows)} cases, at most {worst:.1e}; {len(techniques)} techniques")
 
 
 if __name__ == "__main__":
