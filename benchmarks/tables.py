@@ -3,11 +3,13 @@ compares."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -315,12 +317,19 @@ def finetune() -> str:
     return "\n".join([*lines, "", f"{about} `benchmarks/finetune.py` measures them."])
 
 
+def other(file: str, name: str) -> str:
+    """A table whose writer is in a file beside this one."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    return getattr(importlib.import_module(file), name)()
+
+
 WRITERS: Final[dict[str, Callable[[], str]]] = {
     "demo": demo, "recipe": recipe_keys, "model": lambda: part_keys("model", "models"),
     "data": lambda: part_keys("data", "datasets"), "task": lambda: part_keys("task", "tasks"), "presets": presets,
     "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue, "thrifty": thrifty,
     "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "finetune": finetune,
     "vision-results": vision, "task-runs": task_runs,
+    **{name: partial(other, "tables_data", name) for name in ("pruning", "crossing")},
 }  # fmt: skip
 
 

@@ -233,6 +233,30 @@ def import_(
     typer.echo("What quantization rounded away does not come back.")
 
 
+@app.command()
+def score(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); its duration is that of each run.")],
+    overrides: Words = None,
+    by: Annotated[str, typer.Option(help="el2n, grand, forgetting, prototypes or perplexity.")] = "el2n",
+    runs: Annotated[int, typer.Option(help="Short runs that are averaged.", min=1)] = 1,
+    start: Annotated[Path | None, typer.Option("--from", help="A trained run to score by, or to begin with.")] = None,
+    clusters: Annotated[int, typer.Option(help="Of prototypes; 0 chooses.", min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Parquet file; runs it has are not repeated.")] = None,
+) -> None:
+    """Score every item of the training set once, for `prune` to choose by."""
+    import numpy as np
+
+    from scrimp.progress import Progress
+    from scrimp.scoring.score import score as make
+
+    path = out or Path(f"{recipe.stem}.{by}.parquet")
+    with Progress(sys.stdout) as view:
+        made = make(load(recipe, overrides), by, path, runs, start, clusters, typer.echo, view)
+    low, middle, high = np.quantile(made.mean, (0, 0.5, 1))
+    typer.echo(f"Wrote {path}: {made.runs.shape[1]:,} items, {len(made.runs)} runs; lowest {low:.4g}, median "
+               f"{middle:.4g}, highest {high:.4g}.\nTrain on a part: prune.scores={path} prune.keep=0.7")  # fmt: skip
+
+
 @app.command("eval")
 def eval_(
     run: RunPath,

@@ -186,7 +186,8 @@ def anchored(recipe: Recipe) -> Recipe:
         data = data.anchored()
     if source and Path(source).exists():
         model = replace(model, source=str(Path(source).absolute()))
-    return replace(recipe, data=data, model=model)
+    techniques = tuple(t.anchored() if hasattr(t, "anchored") else t for t in recipe.techniques)  # type: ignore[attr-defined]
+    return replace(recipe, data=data, model=model, techniques=techniques)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "schedule": ("shape", "warm-up", "time", "rounds"),
     "items": ("filter", "sample"),
     "batch": ("length", "resolution", "augment"),
-    "loss": ("auxiliary", "scaled"),
+    "loss": ("items", "auxiliary", "scaled"),
     "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled"),
     "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
     "evaluate": ("averaged",),

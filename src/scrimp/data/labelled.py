@@ -91,6 +91,9 @@ class LabelledData:
     stretch: int = 1
     """Training batches whose texts are sorted by length among each other, so that they are less filled up; 1 for none.
     Each epoch has the same texts as without."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """exact leaves out rows whose texts were there before, near also those that are alike in most runs of five words;
+    held-out rows count as before those that are trained on."""
     holdout: float = 0.1
     """Share of the rows that is held out, by content, so that copies stay together; at least one."""
     skip: float = 0.01
@@ -197,6 +200,8 @@ def _key(settings: LabelledData, files: Mapping[str, list[Path]], root: Path) ->
         given = Path(settings.tokenizer).expanduser()
         file = given / "tokenizer.json" if given.is_dir() else given
         named["tokenizer"] = content_hash([file], root) if file.is_file() else [str(file)]
+    if settings.duplicates != "keep":
+        named["duplicates"] = settings.duplicates
     if not settings.validation:
         named["holdout"] = settings.holdout
     contents = {split: [[path.suffix.lower(), value] for path, value in

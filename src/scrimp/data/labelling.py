@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from scrimp.data.documents import fingerprint
+from scrimp.data.duplicates import first_of_its_kind
 from scrimp.data.faults import Faults
 from scrimp.data.items import edge_of
 from scrimp.data.padded import save
@@ -33,6 +34,10 @@ class Table:
     pairs: list[str] = field(default_factory=list[str])
     targets: list[str] = field(default_factory=list[str])
 
+    def text(self, i: int) -> str:
+        """Both texts of a row."""
+        return "\n".join([self.texts[i], *(self.pairs[i : i + 1] if self.pairs else ())])
+
     def chosen(self, keep: Callable[[int], bool]) -> Table:
         """The rows at some places."""
         ids = [i for i in range(len(self.texts)) if keep(i)]
@@ -50,6 +55,8 @@ def build(settings: LabelledData, files: Mapping[str, list[Path]], partial: Path
     faults = Faults(settings.skip)
     table, held = (gathered(settings, files[split], faults) for split in SPLITS)
     faults.check()
+    new = first_of_its_kind(settings.duplicates)
+    held, table = (part.chosen(lambda i, part=part: new(part.text(i))) for part in (held, table))
     names = list(settings.labels) or ordered(set(table.targets)) if settings.label else []
     strange = sorted({*table.targets, *held.targets} - set(names)) if settings.label else []
     if strange:

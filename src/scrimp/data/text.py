@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal
 
 from scrimp.data.cache import cache_folder, content_hash, publish, read_meta
 from scrimp.data.documents import documents, find, fingerprint, located
+from scrimp.data.duplicates import unique
 from scrimp.data.outline import Outline, Vocabulary, Windows, estimated
 from scrimp.data.stream import Tokens
 from scrimp.data.tokenizer import END, Tokenizer, bytes_tokenizer, train_bpe, with_mask
@@ -39,7 +40,7 @@ class Data:
     tokenizer: Tokenizer
     meta: dict[str, Any]
     """tokens and documents of each split; vocab, dtype, end (id) and end_token (text); undecodable: sequences of bytes
-    that were replaced; empty: documents left out; files: sizes in bytes."""
+    that were replaced; empty, duplicates: documents left out; files: sizes in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ class TextData:
     mask of its own, [context, context]."""
     holdout: float = 0.05
     """Share of the documents that is held out, by content, so that copies stay together; at least one."""
+    duplicates: Literal["keep", "exact", "near"] = "keep"
+    """exact leaves out documents that were there before; near also those that are alike in most runs of five words."""
     cache: str = ""
     """Folder of built corpora; default $SCRIMP_CACHE or ~/.cache/scrimp."""
 
@@ -146,6 +149,8 @@ def _key(settings: TextData, files: list[Path], root: Path) -> str:
         named["vocab"] = settings.vocab
     if settings.mask and settings.tokenizer in TRAINED:
         named["mask"] = True
+    if settings.duplicates != "keep":
+        named["duplicates"] = settings.duplicates
     if settings.tokenizer not in TRAINED:
         given = Path(settings.tokenizer).expanduser()
         file = given / "tokenizer.json" if given.is_dir() else given
@@ -184,10 +189,16 @@ def _tokenizer(settings: TextData, files: list[Path], edge: int) -> Tokenizer:
     if settings.tokenizer == "bytes":
         return with_mask(bytes_tokenizer()) if settings.mask else bytes_tokenizer()
     every = -(-sum(path.stat().st_size for path in files) // BPE_SAMPLE)
-    texts = _watched(documents(files, settings.field, Counter()), files, "reading for the tokenizer")
+    texts = _documents(settings, files, Counter(), "reading for the tokenizer")
     training = (text for text in texts if fingerprint(text) >= edge)
     texts = _up_to(islice(training, 0, None, max(every, 1)), BPE_SAMPLE)
     return with_mask(train_bpe(texts, settings.vocab - 1)) if settings.mask else train_bpe(texts, settings.vocab)
+
+
+def _documents(settings: TextData, files: list[Path], tally: Counter[str], what: str) -> Iterator[str]:
+    """The documents, without those that are left out as duplicates, which are counted."""
+    texts = _watched(documents(files, settings.field, tally), files, what)
+    return unique(texts, settings.duplicates, lambda: tally.update(["duplicates"]))
 
 
 def _up_to(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -209,7 +220,7 @@ def _write(
     dtype = "uint16" if tokenizer.vocab <= 2**16 else "uint32"
     tokens, counts, tally = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), Counter[str]()
     lowest, highest = 2**64, -1
-    texts = _watched(documents(files, settings.field, tally), files, "tokenizing")
+    texts = _documents(settings, files, tally, "tokenizing")
     with (partial / "train.bin").open("wb") as train, (partial / "validation.bin").open("wb") as validation:
         outputs = {"train": train, "validation": validation}
         for batch in _batches(texts, BATCH):
@@ -224,7 +235,7 @@ def _write(
         raise UserError(f"`{settings.source}` has only empty documents.", "data.source", "Give some with text.")
     meta = {"tokens": tokens, "documents": counts, "vocab": tokenizer.vocab, "dtype": dtype, "end": tokenizer.end,
             "end_token": tokenizer.inner.id_to_token(tokenizer.end),
-            "undecodable": tally["undecodable"], "empty": tally["empty"]}  # fmt: skip
+            **{name: tally[name] for name in ("undecodable", "empty", "duplicates")}}  # fmt: skip
     return meta, (lowest, highest)
 
 

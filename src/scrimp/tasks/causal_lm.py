@@ -71,6 +71,11 @@ class CausalLM:
         more = {"documents": batch["documents"]} if "documents" in batch else {}
         return model(batch["tokens"], batch["targets"], batch["sample"], smoothing, **more)
 
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of the vocabulary at each token, [B, T, V]."""
+        more = {"documents": batch["documents"]} if "documents" in batch else {}
+        return model(batch["tokens"], None, batch["sample"], **more)
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a token) and perplexity over the batches."""

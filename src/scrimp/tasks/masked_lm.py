@@ -126,6 +126,10 @@ class Masking:
         smoothing = self.settings.label_smoothing if model.training else 0.0
         return model(batch["tokens"], batch["targets"], smoothing=smoothing, **_seen(batch))
 
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of the vocabulary at each token, [B, T, V]."""
+        return model(batch["tokens"], **_seen(batch))
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a hidden token), its exponential, and the share of hidden tokens that were guessed."""

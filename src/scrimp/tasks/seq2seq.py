@@ -62,6 +62,10 @@ class PairsTask:
         """The summed loss."""
         return summed(model, batch, self.label_smoothing)
 
+    def logits(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of the vocabulary at each token to write, [B, T, V]."""
+        return model(batch["tokens"], batch["decoder_tokens"], attended=batch["attended"], sample=batch["sample"])
+
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest, over the batches."""
         return measured(model, batches)
