@@ -70,8 +70,9 @@ def theirs(kind: Callable[..., Optimizer], lr: float, weight_decay: float, **set
 def their_lamb(**settings: Any) -> Make:
     """pytorch-optimizer's Lamb in the paper's form.
 
-    Its switches: `adam_debias` for lr as it is (otherwise lr / (1 - b1^t)), `weight_decouple` off for a decay inside the
-    update, no bound of 10 on ||w||, and `adam` for biases, which it adapts like any tensor. It has no corrected moments.
+    Its switches: `adam_debias` for lr as it is (otherwise lr / (1 - b1^t)), `weight_decouple` off for a decay inside
+    the update, no bound of 10 on ||w||, and `adam` for biases, which it adapts like any tensor. It has no corrected
+    moments.
     """
 
     class Unbounded(pytorch_optimizer.Lamb):  # type: ignore[misc]

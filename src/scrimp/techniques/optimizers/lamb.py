@@ -156,34 +156,38 @@ class LAMBRule(Optimizer):
     def _move(
         self, params: Sequence[nn.Parameter], group: dict[str, Any], factor: Tensor | None, adapted: bool
     ) -> None:
-        """The moments, then the weights. The update is computed twice rather than kept whole until its norm is known."""
+        """The moments, then the weights.
+
+        The update of a matrix is computed twice rather than kept until its norm is known.
+        """
         if not params:
             return
         states = [self.state[p] for p in params]
-        weights = [p.detach() for p in params]
-        first, second = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-        scalars = _corrections([s["step"] for s in states], group["betas"]) if group["bias_correction"] else []
-        decay, lr = group["weight_decay"] if adapted else 0.0, group["lr"]
-        old = torch.stack(norms(weights)) if adapted else None
-        squares = torch.zeros(len(params), dtype=torch.promote_types(params[0].dtype, torch.float32),
-                              device=params[0].device).unbind()  # fmt: skip
+        counts = _corrections([s["step"] for s in states], group["betas"])
+        counts = counts if group["bias_correction"] else [()] * len(states)
+        rows = [(p.detach(), s["exp_avg"], s["exp_avg_sq"], *c) for p, s, c in zip(params, states, counts, strict=True)]
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        for w, g, m, v, total, *corrections in chunks(list(zip(weights, grads, first, second, squares, *scalars))):
+        decay = group["weight_decay"] if adapted else 0.0
+        old = torch.stack(norms([row[0] for row in rows]))
+        squares = torch.zeros_like(old).unbind()
+        with_grads = [(w, g, q, *more) for (w, *more), g, q in zip(rows, grads, squares, strict=True)]
+        for w, g, square, m, v, *corrections in chunks(with_grads):
             _moments(m, v, g if factor is None else torch._foreach_mul(g, factor), group["betas"])
             updates = _updates(w, m, v, corrections, group["eps"], decay)
             if adapted:
                 found = norms(updates)
-                torch._foreach_mul_(found, found)
-                torch._foreach_add_(total, found)
+                torch._foreach_addcmul_(square, found, found)
             else:
-                torch._foreach_add_(w, updates, alpha=-lr)
-        if old is None:
+                torch._foreach_add_(w, updates, alpha=-group["lr"])
+        if not adapted:
             return
         scales = ratios(old, torch.stack(squares).sqrt(), group)
-        for w, m, v, scale, *corrections in chunks(list(zip(weights, first, second, scales, *scalars))):
+        for w, m, v, scale, *corrections in chunks(
+            [(w, m, v, scale, *c) for (w, m, v, *c), scale in zip(rows, scales, strict=True)]
+        ):
             updates = _updates(w, m, v, corrections, group["eps"], decay)
             torch._foreach_mul_(updates, scale)
-            torch._foreach_add_(w, updates, alpha=-lr)
+            torch._foreach_add_(w, updates, alpha=-group["lr"])
 
 
 def ratios(weights: Tensor, updates: Tensor, group: dict[str, Any]) -> Sequence[Tensor]:
@@ -194,10 +198,10 @@ def ratios(weights: Tensor, updates: Tensor, group: dict[str, Any]) -> Sequence[
     return torch.where((weights > 0) & (updates > 0), found, 1.0).unbind()
 
 
-def _corrections(steps: list[Tensor], betas: tuple[float, float]) -> list[Sequence[Tensor]]:
+def _corrections(steps: list[Tensor], betas: tuple[float, float]) -> list[tuple[Tensor, ...]]:
     """1 - b1^t and sqrt(1 - b2^t) of each parameter, which count their own steps, as scalars on the host."""
     counts = torch.stack(steps).double()
-    return [(1 - betas[0] ** counts).unbind(), (1 - betas[1] ** counts).sqrt().unbind()]
+    return list(zip((1 - betas[0] ** counts).unbind(), (1 - betas[1] ** counts).sqrt().unbind(), strict=True))
 
 
 def _moments(first: list[Tensor], second: list[Tensor], grads: Sequence[Tensor], betas: tuple[float, float]) -> None:
