@@ -101,4 +101,3 @@ def test_looksam_agrees(base: str, k: int) -> None:
     b = theirs(pytorch_optimizer.LookSAM, base, rho=0.1, k=k, alpha=0.7)
     assert apart(a, b) <= TOLERANCE
     assert apart(a, ours("sam", base, rho=0.1)) > (1e-3 if k > 1 else -1.0), "it is not just sam"
-
