@@ -23,8 +23,8 @@ Make = Callable[[list[nn.Parameter]], Optimizer]
 STEPS = 50
 
 
-def trajectory(make: Make) -> list[Tensor]:
-    """Weights of a small regression after each step, with a rate that falls; a layer is idle in every third step."""
+def trajectory(make: Make, falls: bool = True) -> list[Tensor]:
+    """Weights of a small regression after each step, with a rate that may fall; a layer is idle in every third step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3)).double()
     x, y = torch.randn(16, 6, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
@@ -33,7 +33,7 @@ def trajectory(make: Make) -> list[Tensor]:
     path: list[Tensor] = []
     for n in range(STEPS):
         for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * (1 - n / STEPS)
+            group["lr"] = lr * (1 - n / STEPS) if falls else lr
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
         if n % 3 == 0:
@@ -67,6 +67,29 @@ def theirs(kind: Callable[..., Optimizer], lr: float, weight_decay: float, **set
     return make
 
 
+def their_lamb(**settings: Any) -> Make:
+    """pytorch-optimizer's Lamb in the paper's form.
+
+    Its switches: `adam_debias` for lr as it is (otherwise lr / (1 - b1^t)), `weight_decouple` off for a decay inside
+    the update, no bound of 10 on ||w||, and `adam` for biases, which it adapts like any tensor. It has no corrected
+    moments.
+    """
+
+    class Unbounded(pytorch_optimizer.Lamb):  # type: ignore[misc]
+        clamp = settings.pop("clamp", 1e999)
+
+    def make(params: list[nn.Parameter]) -> Optimizer:
+        wide, flat = [p for p in params if p.ndim > 1], [p for p in params if p.ndim == 1]
+        groups = [{"params": wide}, {"params": flat, "lr": 0.005, "weight_decay": 0.0, "adam": True}]
+        return Unbounded(
+            groups, lr=0.01, weight_decay=0.1, weight_decouple=False, adam_debias=True, eps=EPS, **settings
+        )
+
+    return make
+
+
+EPS = 1e-14
+"""Of LAMB here: the library adds it to ||u|| too."""
 SLOW = {"foreach": False, "fused": False}
 PAIRS: dict[str, tuple[Make, Make, float]] = {
     "torch SGD": (
@@ -82,6 +105,11 @@ PAIRS: dict[str, tuple[Make, Make, float]] = {
     "torch SGD, plain": (
         ours("sgd", lr=0.1, momentum=0.0, weight_decay=0.01),
         theirs(torch.optim.SGD, 0.1, 0.01, **SLOW),
+        1e-14,
+    ),
+    "torch SGD, dampened": (
+        ours("sgd", lr=0.1, momentum=0.8, dampening=0.3, weight_decay=0.01),
+        theirs(torch.optim.SGD, 0.1, 0.01, momentum=0.8, dampening=0.3, **SLOW),
         1e-14,
     ),
     "torch Adam": (
@@ -109,13 +137,42 @@ PAIRS: dict[str, tuple[Make, Make, float]] = {
         theirs(pytorch_optimizer.Lion, 1e-3, 0.1),
         1e-14,
     ),
+    "pytorch-optimizer LARS": (
+        ours("lars", lr=0.4, weight_decay=0.01, eta=0.05, eps=0.0),
+        theirs(pytorch_optimizer.LARS, 0.4, 0.01, trust_coefficient=0.05),
+        1e-14,
+    ),
+    "pytorch-optimizer LARS, Nesterov": (
+        ours("lars", lr=0.4, weight_decay=0.01, eta=0.05, eps=0.0, momentum=0.8, nesterov=True),
+        theirs(pytorch_optimizer.LARS, 0.4, 0.01, trust_coefficient=0.05, momentum=0.8, nesterov=True),
+        1e-13,
+    ),
+    "pytorch-optimizer Lamb": (
+        ours("lamb", lr=0.01, weight_decay=0.1, eps=EPS, bias_correction=False),
+        their_lamb(),
+        1e-12,
+    ),
+    "pytorch-optimizer Lamb, bounded": (
+        ours("lamb", lr=0.01, weight_decay=0.1, eps=EPS, bias_correction=False, clamp=1.5),
+        their_lamb(clamp=1.5),
+        1e-12,
+    ),
+    # Their norm of all gradients is in single precision.
+    "pytorch-optimizer Lamb, clipped": (
+        ours("lamb", lr=0.01, weight_decay=0.1, eps=EPS, bias_correction=False, clip=0.1),
+        their_lamb(pre_norm=True, max_grad_norm=0.1),
+        1e-7,
+    ),
 }
+CONSTANT = ("LARS",)
+"""Compared at one rate: this library multiplies the momentum by it, the paper has it inside."""
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_trajectories_agree(pair: str) -> None:
     mine, reference, tolerance = PAIRS[pair]
-    a, b = trajectory(mine), trajectory(reference)
+    falls = not any(name in pair for name in CONSTANT)
+    a, b = trajectory(mine, falls), trajectory(reference, falls)
     assert float((a[-1] - a[0]).abs().max()) > 1e-3
     assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) <= tolerance
 
