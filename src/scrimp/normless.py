@@ -157,21 +157,15 @@ class Scale(nn.Module):
 
 def folded(named: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Every branch's scale times its last layer: the same function without scales."""
-    plain = dict(named)
+    plain, names = dict(named), {id(p): name for name, p in model.named_parameters()}
     for stack in stacks(model):
         for branch in stack.branches:
-            scale = getattr(branch.block, f"{branch.kind}_scale")
-            alpha = next(n for n in _names(branch, stack) if getattr(model.get_submodule(n), "alpha", None)
-                         is scale.alpha)  # fmt: skip
+            # Several branches may share a scale, which has one name.
+            alpha = names[id(getattr(branch.block, f"{branch.kind}_scale").alpha)]
             for name in (f"{branch.output}.weight", f"{branch.output}.bias"):
                 if name in plain:
-                    plain[name] = plain[name] * named[f"{alpha}.alpha"]
+                    plain[name] = plain[name] * named[alpha]
     return {name: t for name, t in plain.items() if not name.endswith("_scale.alpha")}
-
-
-def _names(branch: Branch, stack: Stack) -> list[str]:
-    """Paths of the scales of a branch's block, in their order; one that several share is known by the first."""
-    return [f"{branch.path}.{other.kind}_scale" for other in stack.branches if other.path == branch.path]
 
 
 def refuse_norms(state: State, run: Run, where: str) -> State:
