@@ -2,9 +2,10 @@
 
     x <- x + branch(x)        in every block, whether its norms stood before the branches or after the sums
 
-Taken out are the norms of the blocks and those that a stack of blocks begins and ends with. The norm in BERT's head over
-hidden tokens stays, since it is in no residual stream, and so do the norms of queries and keys where they are not asked
-for. Without norms the scale of the first weights matters, so that these are drawn anew, by the sizes of each matrix.
+Taken out are the norms of the blocks and those that a stack of blocks begins and ends with. The norm in BERT's head
+over hidden tokens stays, since it is in no residual stream, and so do the norms of queries and keys where they are
+not asked for. Without norms the scale of the first weights matters, so that these are drawn anew, by the sizes of
+each matrix.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
-from scrimp.models.layers import Attention, CrossAttention, Embedding, Norm
+from scrimp.models.layers import MLP, Attention, CrossAttention, Embedding, Norm
 from scrimp.models.seams import Linear, blocks
 
 if TYPE_CHECKING:
@@ -208,18 +209,19 @@ def fill(model: nn.Module, seed: int, prefix: str, factor: Factor = lambda name,
 
 def _fill_matrix(path: str, layer: Any, model: nn.Module, seed: int, prefix: str, factor: Factor) -> None:
     name, shape = f"{path}.weight", layer.weight.shape
-    parent = model.get_submodule(path.rpartition(".")[0])
-    parts = rows_of(parent, path.rpartition(".")[2], shape[0])
-    if isinstance(layer, Embedding):
-        layer.weight.copy_(_normal(shape, shape[1], seed, f"{prefix}/{name}") * factor(name, ""))
-    elif path.rpartition(".")[2] == "patches":
-        layer.weight.copy_(_normal(shape, max(1, shape[1]), seed, f"{prefix}/{name}") * factor(name, ""))
-    elif len(parts) == 1:
-        layer.weight.copy_(_xavier(shape, seed, f"{prefix}/{path}") * factor(name, next(iter(parts))))
-    else:
-        pieces = [_xavier(torch.Size((rows, shape[1])), seed, f"{prefix}/{path}/{i}") * factor(name, part)
-                  for i, (part, rows) in enumerate(parts.items())]  # fmt: skip
-        layer.weight.copy_(torch.cat(pieces))
+    above, _, child = path.rpartition(".")
+    parent = model.get_submodule(above)
+    if isinstance(layer, Embedding) or child == "patches":
+        size = max(1, shape[1])
+        layer.weight.copy_(_normal(shape, size, seed, f"{prefix}/{name}") * factor(name, ""))
+        return
+    parts = rows_of(parent, child, shape[0])
+    label = f"{prefix}/{path if isinstance(parent, Attention | CrossAttention | MLP) else name}"
+    pieces = [
+        _xavier(torch.Size((rows, shape[1])), seed, f"{label}/{i}" if len(parts) > 1 else label) * factor(name, part)
+        for i, (part, rows) in enumerate(parts.items())
+    ]
+    layer.weight.copy_(torch.cat(pieces))
 
 
 def rows_of(parent: nn.Module, child: str, rows: int) -> dict[str, int]:

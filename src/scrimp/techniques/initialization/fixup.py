@@ -4,19 +4,21 @@
     other matrices of a branch:       Xavier uniform times L^(-1 / (2m - 2))
     branch(x) = alpha F(x + shift)    alpha = 1, shift = 0: trained numbers, learned ten times more slowly
 
-L counts the branches of a stack, not its blocks: two a block, three where it attends to an encoder. m counts the matrices
-that a branch multiplies in a row: query, key, value and output make 4 and L^(-1/6), an MLP has 2 and L^(-1/2), with a gate
-3 and L^(-1/4). Paper: Zhang et al., "Fixup Initialization: Residual Learning Without Normalization", ICLR 2019,
-arXiv 1901.09321.
+L counts the branches of a stack, not its blocks: two a block, three where it attends to an encoder. m counts the
+matrices that a branch multiplies in a row: query, key, value and output make 4 and L^(-1/6), an MLP has 2 and
+L^(-1/2), with a gate 3 and L^(-1/4). Paper: Zhang et al., "Fixup Initialization: Residual Learning Without
+Normalization", ICLR 2019, arXiv 1901.09321.
 
-Saves: layer norms (their time and activations). Costs: an architecture without norms, which no other library loads, and
-sums for its numbers; export folds alpha and the shifts into the layers they stand at. Not for: fine-tuning of weights that
-were trained with norms; growth of depth, since L is fixed at the start; scores of weights before training (snip, grasp),
-since at the first step nothing but the head has a gradient. The paper's Transformer keeps its warm-up.
+Saves: layer norms (their time and activations). Costs: an architecture without norms, which no other library loads
+and `scrimp export` refuses (the plain weights it would write have alpha and the shifts folded into the layers they
+stand at); sums for the gradients of those numbers. Not for: fine-tuning of weights that were trained with norms;
+growth of depth, since L is fixed at the start; scores of weights before training (snip, grasp), since at the first
+step nothing but the head has a gradient. The paper's Transformer keeps its warm-up.
 
-There is a shift before each linear layer of a branch, and before its activation where the layer there has no bias of its
-own, which would be the same. Norms of queries and keys are taken out too: they would undo the scale of both. A tied head
-is the embedding's weight and cannot be zero; it is left as it is, and the run says so. The norm in BERT's head stays.
+There is a shift before each linear layer of a branch, and before its activation where the layer there has no bias of
+its own, which would be the same. Norms of queries and keys are taken out too: they would undo the scale of both. A
+tied head is the embedding's weight and cannot be zero; it is left as it is, and the run says so. The norm in BERT's
+head stays.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from torch import Tensor, nn
 from scrimp.groups import Multipliers, trainable
 from scrimp.models.seams import Linear
 from scrimp.normless import (
-    OUTPUTS,
     Branch,
     Scale,
     Stack,
@@ -49,8 +50,8 @@ if TYPE_CHECKING:
     from scrimp.run import Run
     from scrimp.technique import State
 
-HEADS = ("head.weight", "predict.weight")
-"""Ends of the names of what computes a model's outputs."""
+HEADS = ("head", "predict")
+"""Names of the layers that compute a model's outputs."""
 NUMBERS = "*_scale.alpha|*.fixup_shift.shift|*.fixup_bias.shift"
 """Pattern of what this adds."""
 
@@ -111,7 +112,7 @@ class Fixup(Technique):
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Shifts into biases, then scales into the last layers. A layer without a bias gets one."""
         plain = dict(named)
-        for path, layer in _linears(run.model):
+        for path, _ in _linears(run.model):
             bias = plain.get(f"{path}.bias")
             for child in ("fixup_shift", "fixup_bias"):
                 shift = plain.pop(f"{path}.{child}.shift", None)
@@ -131,7 +132,8 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name, _ in _linears(model) if f"{name}.weight".split(".", name.count("."))[-1] in HEADS]
+    """Names of the weights of a model's heads."""
+    return [f"{name}.weight" for name, _ in _linears(model) if name.rpartition(".")[2] in HEADS]
 
 
 def _shared(model: nn.Module, name: str) -> bool:
@@ -160,16 +162,14 @@ def _factors(stack: Stack) -> dict[str, float]:
 
 
 def _put_shifts(branch: Branch) -> None:
-    for path, layer in _inner(branch).items():
+    layers = _inner(branch)
+    first = "gate" if f"{branch.path}.mlp.gate" in layers else "up"
+    activated = f"{branch.path}.mlp.{first}"
+    for path, layer in layers.items():
         layer.add_module("fixup_shift", Shift(layer.weight))
         layer.register_forward_pre_hook(_shifted)
-        activated = path.endswith(("mlp.gate", "mlp.up")) and not (path.endswith("up") and _gated(branch))
-        if activated and layer.bias is None:
+        if path == activated and layer.bias is None:
             layer.on("output", "shift", "fixup_bias", After(layer.weight))
-
-
-def _gated(branch: Branch) -> bool:
-    return branch.block.get_submodule("mlp")._modules.get("gate") is not None
 
 
 def _shifted(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -2,17 +2,19 @@
 
     x <- x + alpha_i F(x)        alpha_i = 0 at first; one a block, which all of its branches share
 
-Norms are taken out, those of BERT's embeddings and after its sums too, and no warm-up is needed. The scale stands before
-dropout, as in the official layer. The matrices are Xavier uniform, embeddings normal with standard deviation d^(-1/2).
-Paper: Bachlechner et al., "ReZero is All You Need: Fast Convergence at Large Depth", UAI 2021, arXiv 2003.04887.
+Norms are taken out, those of BERT's embeddings and after its sums too, and no warm-up is needed. The scale stands
+before dropout, as in the official layer. The matrices are Xavier uniform, embeddings normal with standard deviation
+d^(-1/2). Paper: Bachlechner et al., "ReZero is All You Need: Fast Convergence at Large Depth", UAI 2021, arXiv
+2003.04887.
 
-Saves: layer norms (their time and activations), warm-up, and steps of deep models. Costs: an architecture without norms,
-which no other library loads; export folds alpha into the last layer of each branch and leaves the norms out. Not for:
-fine-tuning of weights that were trained with norms; scores of weights before training (snip, grasp), since at the first
-step nothing in a branch has a gradient. Goes well with growth of depth.
+Saves: layer norms (their time and activations), warm-up, and steps of deep models. Costs: an architecture without
+norms, which no other library loads and `scrimp export` refuses (the plain weights it would write have alpha folded
+into the last layer of each branch). Not for: fine-tuning of weights that were trained with norms; scores of weights
+before training (snip, grasp), since at the first step nothing in a branch has a gradient. Goes well with growth of
+depth.
 
-The model begins as its head over its embeddings: logits(x) = head(embed(x)). Norms of queries and keys, where a model has
-them, and the norm in BERT's head stay.
+The model begins as its head over its embeddings: logits(x) = head(embed(x)). Norms of queries and keys, where a model
+has them, and the norm in BERT's head stay.
 """
 
 from __future__ import annotations

@@ -2,18 +2,19 @@
 
     x <- x + alpha_j F_j(x)        alpha_j = 0, or d^(-1/2) with d branches; one a branch
 
-What makes deep normalized networks trainable is that norms shrink each branch by the root of the depth at first; a scalar
-does the same. Norms are taken out, those of BERT's embeddings and after its sums too. The matrices are Xavier uniform,
-embeddings normal with standard deviation d^(-1/2) of the width. Paper: De and Smith, "Batch Normalization Biases
-Residual Blocks Towards the Identity Function in Deep Networks", NeurIPS 2020, arXiv 2002.10444.
+What makes deep normalized networks trainable is that norms shrink each branch by the root of the depth at first; a
+scalar does the same. Norms are taken out, those of BERT's embeddings and after its sums too. The matrices are Xavier
+uniform, embeddings normal with standard deviation d^(-1/2) of the width. Paper: De and Smith, "Batch Normalization
+Biases Residual Blocks Towards the Identity Function in Deep Networks", NeurIPS 2020, arXiv 2002.10444.
 
-Saves: layer norms (their time and activations) and warm-up. Costs: an architecture without norms, which no other library
-loads; export folds alpha into the last layer of each branch and leaves the norms out. Not for: fine-tuning of weights
-that were trained with norms; scores of weights before training (snip, grasp), since at the first step nothing in a branch
-has a gradient. The paper adds regularization, such as dropout, to make up for that of norms.
+Saves: layer norms (their time and activations) and warm-up. Costs: an architecture without norms, which no other
+library loads and `scrimp export` refuses (the plain weights it would write have alpha folded into the last layer of
+each branch). Not for: fine-tuning of weights that were trained with norms; scores of weights before training (snip,
+grasp), since at the first step nothing in a branch has a gradient. The paper adds regularization, such as dropout, to
+make up for that of norms.
 
-`rezero` has one number a block instead of one a branch. Norms of queries and keys, where a model has them, and the norm in
-BERT's head stay.
+`rezero` has one number a block instead of one a branch. Norms of queries and keys, where a model has them, and the
+norm in BERT's head stay.
 """
 
 from __future__ import annotations

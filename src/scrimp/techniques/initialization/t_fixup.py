@@ -11,11 +11,12 @@ Initialization", ICML 2020, PMLR 119.
 Saves: layer norms (their time and activations) and warm-up. Costs: an architecture without norms, which no other
 library loads. Not for: fine-tuning, growth of depth (N is fixed at the start), mixed precision without care. The 9
 counts three branches of a decoder block, cross-attention among them; for a decoder-only model it lies outside the
-derivation, and `constants: encoder` is the alternative. A tied head gets the embedding's scale, as in the paper's code.
+derivation, and `constants: encoder` is the alternative. A tied head gets the embedding's scale, as in the paper's
+code.
 
 Of two stacks each has its own N; an embedding that both read is scaled once, by the deeper one. Patches are an input
-embedding too: they are drawn by their number of values, so that they need no factor sqrt(d), and so are class and mask
-tokens, with standard deviation 1. Norms of queries and keys, and the norm in BERT's head, stay.
+embedding too: they are drawn by their number of values, so that they need no factor sqrt(d), and so are class and
+mask tokens, with standard deviation 1. Norms of queries and keys, and the norm in BERT's head, stay.
 """
 
 from __future__ import annotations
