@@ -11,8 +11,8 @@ from torch import Tensor
 
 from scrimp.normless import fill, stacks
 from scrimp.techniques.initialization.fixup import Fixup
-from test_normless import KINDS, made
 from tiny import MODEL, example, recipe, run_of, step
+from tiny_normless import KINDS, made
 
 ATTENTION, MLP = r"(attention\.qkv|cross\.q|cross\.kv)\.weight", r"mlp\.up\.weight"
 ZERO = r".*(attention\.proj|cross\.proj|mlp\.down)\.weight"
@@ -84,7 +84,7 @@ def test_a_block_by_hand() -> None:
         for p in block.parameters():
             p.copy_(0.3 * torch.randn(p.shape, dtype=p.dtype))
     x = torch.randn(2, 5, 32, dtype=torch.float64)
-    mlp, inside = block.mlp, {n: p for n, p in block.named_parameters()}
+    mlp, inside = block.mlp, dict(block.named_parameters())
 
     def linear(name: str, y: Tensor) -> Tensor:
         return (y + inside[f"{name}.fixup_shift.shift"]) @ inside[f"{name}.weight"].T

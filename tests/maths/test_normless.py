@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,45 +12,15 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.models.layers import Norm
-from scrimp.normless import Scale, fill, put_scale, stacks, take_out_norms
-from scrimp.recipe import Recipe
-from scrimp.run import Run, build, exported
-from scrimp.stages import new_clock
-from scrimp.technique import Card, Technique
+from scrimp.normless import Scale, put_scale, stacks
+from scrimp.run import exported
+from scrimp.technique import Technique
 from scrimp.techniques.tuning.lora import LoRA
 from scrimp.training import train
 from tiny import MODEL, example, recipe, run_of, step
-from tiny_tasks import TINY, Memory
+from tiny_normless import KINDS, Bare, made
 
-KINDS = ("causal-lm", "masked-lm", "classify, images", "seq2seq", "masked-image", "contrastive")
-"""A tiny task of every kind of model; `test_tasks.py` trains all others."""
 FAMILY = ("fixup", "rezero", "skipinit", "t_fixup")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bare(Technique):
-    """No norms, and nothing instead."""
-
-    card = Card(paper="none", section="Initialization", sets=("initialization", "normalization"))
-
-    def model(self, model: nn.Module, run: Run) -> nn.Module:
-        take_out_norms(model)
-        return model
-
-    def init(self, model: nn.Module, run: Run) -> nn.Module:
-        fill(model, run.seed, "bare")
-        return model
-
-
-def made(entry: str, *techniques: Technique, model: dict[str, Any] | None = None) -> Run:
-    """A run of one of the tiny tasks, in float64."""
-    tiny = TINY[entry]
-    given = {**tiny.model, **(model or {})}
-    wanted: Recipe = recipe(
-        *techniques, model=given, data=Memory(entry), task=tiny.name or entry, duration="2 step", dtype="float64"
-    )
-    data = wanted.data.open()
-    return build(wanted, data, new_clock(wanted, data))
 
 
 @pytest.mark.parametrize("norm_at", ["pre", "post"])

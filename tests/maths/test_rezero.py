@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from scrimp.normless import stacks
 from scrimp.techniques.initialization.rezero import ReZero
-from test_normless import KINDS, made
 from tiny import MODEL, example, recipe, run_of, step
+from tiny_normless import KINDS, made
 
 QUIET = MODEL | {"dropout": 0.0}
 

@@ -17,8 +17,8 @@ from scrimp.run import Run
 from scrimp.techniques.initialization.t_fixup import TFixup, Times
 from scrimp.techniques.tuning.lora import LoRA
 from scrimp.training import train
-from test_normless import KINDS, made
 from tiny import MODEL, example, recipe, run_of, step
+from tiny_normless import KINDS, made
 
 WIDE = {"layers": 4, "width": 128, "heads": 4}
 
