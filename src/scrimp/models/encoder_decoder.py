@@ -109,6 +109,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = Embedding(c.vocab, c.width, c.init_std)
+        self.embed_scale: nn.Module = nn.Identity()
         self.encoder = Stack(c, c.layers, first=0)
         self.decoder = Stack(c, c.depth, first=c.layers, states=c.width)
         self.head = Linear(c.width, c.vocab, bias=False, std=c.init_std)
@@ -147,14 +148,14 @@ class EncoderDecoder(nn.Module):
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         self._check(past + decoder_tokens.shape[1])
         mask = None if attended is None else attended[:, None, None, :]
-        x = self.decoder(self.embed(decoder_tokens), None, sample, cache, states, mask)
+        x = self.decoder(self.embed_scale(self.embed(decoder_tokens)), None, sample, cache, states, mask)
         return self.head(x) if targets is None else self.head_loss(x, self.head, targets, smoothing)
 
     def encode(self, tokens: Tensor, attended: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
         """The encoder's states, [B, S] -> [B, S, C]."""
         self._check(tokens.shape[1])
         mask = None if attended is None else attended[:, None, None, :]
-        return self.encoder(self.embed(tokens), mask, sample)
+        return self.encoder(self.embed_scale(self.embed(tokens)), mask, sample)
 
     def _check(self, length: int) -> None:
         if length > self.config.context:
