@@ -46,7 +46,7 @@ def prunable(run: Run, technique: Technique, pattern: str) -> dict[str, nn.Param
                 f"`{name}` is a product of matrices, whose zeros would be lost.", where, "Drop one of both."
             )
         if is_traceable_wrapper_subclass(weight):
-            raise UserError(f"`{name}` is split among machines, and masks are not.", where, "Drop one of both.")
+            raise UserError(f"`{name}` is split among machines, and masks are not.", where, "Drop one.")
     return {name: trained[name] for name in chosen}
 
 

@@ -2,8 +2,8 @@
 
     S = -w * (H g),   g = dL/dw,  H its Hessian;   REMOVE the weights with the largest S
 
-as S is, to first order, how much ||g||^2 falls when the weight goes. S has a sign: no magnitude is taken. Paper: Wang et
-al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, arXiv 2002.07376.
+as S is, to first order, how much ||g||^2 falls when the weight goes. S has a sign: no magnitude is taken. Paper: Wang
+et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, arXiv 2002.07376.
 
 H g is exact, by differentiating twice, of the loss of the logits divided by a temperature, with dropout off. The
 paper's code draws its linear layers anew for scoring, so that it scores other weights than it trains; here it is those

@@ -171,7 +171,7 @@ class Lottery(Technique):
         place = run.clock.at(self.rewind * (self._points() or [0.0])[0])
 
         def saving() -> bool:
-            if run.clock.position >= place and not run.read(memory[SAVED], worst=1):
+            if run.clock.position >= place and not run.read(memory[SAVED], worst=0):
                 with torch.no_grad():
                     for name, p in run.model.named_parameters():
                         memory[name + REWIND].copy_(p)

@@ -58,8 +58,10 @@ class SET(Technique):
     """Share of a layer's weights that is exchanged; not read with `explore`."""
     interval: str | float = "100 step"
     """From one exchange to the next."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """Of the share: constant as in the paper, or half a cosine to 0 at `until`, as in later comparisons with rigl."""
     until: str | float = 1.0
-    """Masks stay after it; not read with `explore`."""
+    """Masks stay after it; not read with `explore`. Weights that are grown at the very end stay untrained."""
     explore: bool = False
     """Exchange by the schedule of in-time overparameterization."""
     drop: Literal["magnitude", "signed"] = "magnitude"
@@ -109,7 +111,7 @@ class SET(Technique):
         return moving
 
     def _calendar(self, run: Run) -> Calendar:
-        first, last = EXPLORE if self.explore else (self.share, self.share)
+        first, last = EXPLORE if self.explore else (self.share, self.share if self.decay == "constant" else 0.0)
         until = run.clock.length if self.explore else run.clock.at(self.until)
         return Calendar(run.clock.steps(self.interval), until, first, last)
 
