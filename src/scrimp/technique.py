@@ -70,7 +70,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "loss": ("items", "auxiliary", "scaled"),
     "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled"),
     "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
-    "evaluate": ("averaged",),
+    "evaluate": ("masked", "averaged"),
     "export": ("whole", "folded", "collapsed", "merged", "averaged"),
 }
 """The order within a slot, innermost first: a later phase wraps an earlier one.
