@@ -147,7 +147,7 @@ def cut_state(state: Mapping[str, Mapping[str, Tensor]], cuts: Mapping[str, Cut]
     """
     odd = {name for kind, tensors in state.items() if kind.startswith("optimizer.")
            for name, t in tensors.items() if name in cuts and t.ndim and not cuts[name].fits(t)}  # fmt: skip
-    return {kind: cut_table({n: t for n, t in tensors.items() if n not in odd or not kind.startswith("optimizer.")}, cuts)
+    return {kind: cut_table({n: t for n, t in tensors.items() if not (n in odd and kind.startswith("optimizer."))}, cuts)
             for kind, tensors in state.items()}  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,6 +23,9 @@ from scrimp.techniques.sparsity.early_bird import TAIL, EarlyBird, coefficients
 from scrimp.training import train
 from tiny import MODEL, TinyData, assert_equal, example, flat, recipe, run_of, step
 from tiny_tasks import TINY, Memory
+
+if TYPE_CHECKING:
+    from scrimp.technique import State
 
 GROUPED = {**MODEL, "heads": 4, "kv_heads": 2, "activation": "swiglu", "qk_norm": True, "positions": "rotary",
            "norm": "rmsnorm", "hidden": 48}  # fmt: skip
@@ -43,7 +46,7 @@ def crossed(run: Run) -> tuple[Run, dict[str, Tensor]]:
     decisions = {order.key(t): t.decide(run) for t in order.slots["decide"]}
     clock.cuts.append(clock.position)
     clock.stage += 1
-    state = {kind: {n: t.detach().clone() for n, t in tensors.items()} for kind, tensors in run.state().items()}
+    state: State = {kind: {n: t.detach().clone() for n, t in tensors.items()} for kind, tensors in run.state().items()}
     after = build(run.recipe, run.data, clock, state, decisions=decisions)
     return after, flat(after.state())
 

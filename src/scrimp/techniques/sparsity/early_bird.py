@@ -122,9 +122,8 @@ class EarlyBird(Technique):
         if left:
             told = [f"{sum(len(b[k]) for b in left.values()):,} of {sum(b['of_' + k] for b in left.values()):,}"
                     for k in ("units", "neurons")]  # fmt: skip
-            run.remarks.append(
-                f"early_bird keeps {told[0]} heads and {told[1]} neurons; exports hold zeros for the rest."
-            )
+            kept = f"{told[0]} heads and {told[1]} neurons"
+            run.remarks.append(f"early_bird keeps {kept}; what is exported has zeros for the others.")
         return model
 
     def carry(self, state: State, run: Run) -> State:
@@ -153,7 +152,7 @@ class EarlyBird(Technique):
 
     def loss(self, loss: Loss, run: Run) -> Loss:
         """While searching: the penalty, and a copy of the weights as they are before the first step."""
-        found = [c for _, c in coefficients(run.model)]
+        found: list[Tensor] = [c for _, c in coefficients(run.model)]
         if not found:
             return loss
         if self.rewind == "start":
