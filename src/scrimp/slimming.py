@@ -12,8 +12,8 @@ grouped-query attention. Legend of shapes: K units, G query heads a unit, D head
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from scrimp.errors import UserError
 from scrimp.models.seams import Linear
 
 Choice = dict[str, Any]
-"""What stays of a block, as JSON: `units` and `neurons` are numbers that stay, of `of_units` and `of_neurons`."""
+"""What stays of a block, as JSON: `units` and `neurons` are numbers that stay, of `of_units` and `of_neurons`.
+`cross` and `of_cross` are units of its attention to another sequence, where those are cut."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,14 @@ def check(block: nn.Module, path: str, where: str) -> None:
             raise UserError(f"`{path}` has no `{seam}` to cut.", where, "Use a model of the house.")
 
 
-def units(block: nn.Module) -> int:
+def units(block: nn.Module, part: str = "attention") -> int:
     """Units of a block's attention, K."""
-    return int(block.attention.kv_heads)  # type: ignore[union-attr, arg-type]
+    return int(getattr(block, part).kv_heads)
 
 
-def unit_width(block: nn.Module) -> int:
+def unit_width(block: nn.Module, part: str = "attention") -> int:
     """Columns of `attention.proj` that belong to a unit, G D."""
-    attention: Any = block.attention
+    attention: Any = getattr(block, part)
     return attention.heads // attention.kv_heads * attention.width
 
 
@@ -112,6 +113,8 @@ def block_cuts(path: str, block: nn.Module, kept: Choice) -> dict[str, Cut]:
     up, down = (Cut(dim, kept["neurons"], kept["of_neurons"]) for dim in (0, 1))
     found = {"attention.qkv": rows, "attention.proj": Cut(1, queries, q)}
     found |= {"mlp.up": up, "mlp.gate": up, "mlp.down": down}
+    if "cross" in kept:
+        found |= _cross_cuts(block, kept["cross"], kept["of_cross"])
     cuts: dict[str, Cut] = {}
     for name, cut in found.items():
         layer: Any = block
@@ -122,6 +125,15 @@ def block_cuts(path: str, block: nn.Module, kept: Choice) -> dict[str, Cut]:
             if getattr(layer, leaf) is not None and not (leaf == "bias" and cut.dim == 1):
                 cuts[f"{path}.{name}.{leaf}".lstrip(".")] = cut
     return cuts
+
+
+def _cross_cuts(block: nn.Module, stay: list[int], total: int) -> dict[str, Cut]:
+    """Of attention to another sequence, whose queries have a layer of their own."""
+    cross: Any = block.cross
+    columns = unit_width(block, "cross")
+    queries, keys, kv = spans(stay, columns), spans(stay, cross.width), total * cross.width
+    q = Cut(0, queries, total * columns)
+    return {"cross.q": q, "cross.kv": Cut(0, [*keys, *(kv + i for i in keys)], 2 * kv), "cross.proj": replace(q, dim=1)}
 
 
 def all_cuts(model: nn.Module, choices: Mapping[str, Choice]) -> dict[str, Cut]:
@@ -147,8 +159,11 @@ def cut_state(state: Mapping[str, Mapping[str, Tensor]], cuts: Mapping[str, Cut]
     """
     odd = {name for kind, tensors in state.items() if kind.startswith("optimizer.")
            for name, t in tensors.items() if name in cuts and t.ndim and not cuts[name].fits(t)}  # fmt: skip
-    return {kind: cut_table({n: t for n, t in tensors.items() if not (n in odd and kind.startswith("optimizer."))}, cuts)
-            for kind, tensors in state.items()}  # fmt: skip
+
+    def left(kind: str) -> dict[str, Tensor]:
+        return {n: t for n, t in state[kind].items() if not (n in odd and kind.startswith("optimizer."))}
+
+    return {kind: cut_table(left(kind), cuts) for kind in state}
 
 
 def keep_largest(scores: Sequence[Tensor], share: float, layerwise: bool) -> list[Tensor]:
@@ -159,9 +174,9 @@ def keep_largest(scores: Sequence[Tensor], share: float, layerwise: bool) -> lis
         layerwise: whether each layer loses the share, or all together do.
     """
     if layerwise:
-        return [_largest(s, pruned(len(s), share)) for s in scores]
+        return [largest(s, pruned(len(s), share)) for s in scores]
     sizes = [len(s) for s in scores]
-    masks = _largest(torch.cat(list(scores)), pruned(sum(sizes), share)).split(sizes)
+    masks = largest(torch.cat(list(scores)), pruned(sum(sizes), share)).split(sizes)
     return [mask.scatter(0, s.argmax(keepdim=True), True) for mask, s in zip(masks, scores, strict=True)]
 
 
@@ -170,6 +185,13 @@ def pruned(count: int, share: float) -> int:
     return min(count - 1, int(share * count + 1e-9))
 
 
-def _largest(scores: Tensor, dropped: int) -> Tensor:
+def largest(scores: Tensor, dropped: int) -> Tensor:
+    """All but so many of the smallest, as a mask; of equal ones the first go."""
     mask = torch.ones_like(scores, dtype=torch.bool)
     return mask.index_fill_(0, scores.argsort(stable=True)[:dropped], False)
+
+
+def listed(mask: Tensor, kept: int, read: Callable[..., float]) -> list[int]:
+    """Numbers that a mask keeps, read by a run; the first `kept` while planning, when it has no values."""
+    mask = mask.cpu()
+    return [i for i in range(len(mask)) if read(mask[i], worst=float(i < kept))]

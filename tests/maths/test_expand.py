@@ -114,10 +114,9 @@ def test_the_product_of_balanced_factors_moves_by_the_rule_of_arora(depth: int, 
             p -= eta * p.grad
         moved = factors(layer.weight) - before
     n = depth
-    rule = -eta * sum(
-        power(before @ before.T, (n - j) / n) @ gradient @ power(before.T @ before, (j - 1) / n)
-        for j in range(1, n + 1)
-    )
+    terms = [power(before @ before.T, (n - j) / n) @ gradient @ power(before.T @ before, (j - 1) / n)
+             for j in range(1, n + 1)]  # fmt: skip
+    rule = -eta * torch.stack(terms).sum(0)
     error = float((moved - rule).norm() / rule.norm())
     assert error < near
     assert float((moved + eta * gradient).norm() / rule.norm()) > 0.1, "plain descent moves elsewhere"

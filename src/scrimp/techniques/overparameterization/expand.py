@@ -3,14 +3,14 @@
     depth 2:   W_e = left cat(W, extra; rows)      or   cat(W, extra; columns) right      on the smaller side of W
     depth 3:   W_e = left cat(cat(W, extra; columns), more; rows) right
 
-    W [n, m] is the layer's own weight.   left [n, r n] = [I 0],  right [r m, m] = [I 0]^T at first, extra as W at random
+    W [n, m] is the layer's own weight;   at first left [n, r n] = [I 0], right [r m, m] = [I 0]^T, extra as W at random
 
 so that W_e = W at first, to the last bit: the run starts where the plain one does, also from given weights. With a
-`ratio` r of 1 there are no extra rows and columns. Nothing nonlinear stands between the factors, the bias stays outside,
-and the hidden width r min(n, m) loses no rank, which is why r may not be less than 1.
+`ratio` r of 1 there are no extra rows and columns. Nothing nonlinear stands between the factors, the bias stays
+outside, and the hidden width r min(n, m) loses no rank, which is why r may not be less than 1.
 
-Why it may help: with balanced factors, W_{j+1}^T W_{j+1} = W_j W_j^T, a small step of gradient descent moves the product of
-N factors by
+Why it may help: with balanced factors, W_{j+1}^T W_{j+1} = W_j W_j^T, a small step of gradient descent moves the product
+of N factors by
 
     dW_e = - eta sum over j = 1..N of [W_e W_e^T]^((N - j) / N)  grad  [W_e^T W_e]^((j - 1) / N)
 
@@ -19,9 +19,9 @@ Overparameterization", ICML 2018, arXiv 1802.06509 (r = 1); Guo et al., "ExpandN
 (r = 4; theirs are compact networks of convolutions). For Transformers this is a reading of the survey's section, not a
 result of either paper.
 
-Saves: steps, where it speeds up training; nothing in what is exported, which is the plain model. Costs: weights, gradients
-and states of the factors, and their product once a forward pass, which does not grow with the batch. Not for: masks and
-cut heads, which would act on a factor or a product that the other does not know; tuning methods, which freeze factors.
+Saves: steps, where it speeds up training; nothing in what is exported, which is the plain model. Costs: weights,
+gradients and states of the factors, and their product once a forward pass, which does not grow with the batch. Not for:
+masks and cut heads, which act on a weight that is trained itself; tuning methods, which freeze factors.
 
 Factors that are added have no weight decay, since decay would pull left and right to zero rather than to the identity;
 adaptive rules scale each factor's step apart, so that the rule above holds for gradient descent alone.

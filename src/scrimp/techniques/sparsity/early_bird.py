@@ -42,6 +42,7 @@ from scrimp.slimming import (
     cut_state,
     cut_table,
     keep_largest,
+    listed,
     narrow,
     neurons,
     pruned,
@@ -198,9 +199,13 @@ class EarlyBird(Technique):
         paths = blocks(last.model)
         of = dict(coefficients(last.model))
         kinds = [[of[f"{path}.{kind}{TAIL}"] for path in paths] for kind in (HEADS, NEURONS)]
-        masks = [mask.cpu() for mask in self._masks(*kinds)]
+        masks = self._masks(*kinds)
         heads, others = masks[: len(paths)], masks[len(paths) :]
-        chosen = {path: choice(block, listed(h, self.heads, last), listed(n, self.neurons, last))
+
+        def left(mask: Tensor, share: float) -> list[int]:
+            return listed(mask, len(mask) - pruned(len(mask), share), last.read)
+
+        chosen = {path: choice(block, left(h, self.heads), left(n, self.neurons))
                   for (path, block), h, n in zip(paths.items(), heads, others, strict=True)}  # fmt: skip
         return {"at": clock.position, "blocks": chosen}
 
@@ -263,9 +268,3 @@ def folded(tensors: Mapping[str, Tensor], fallback: Mapping[str, Tensor]) -> dic
 def without(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A table without the coefficients."""
     return {name: t for name, t in tensors.items() if not name.endswith(TAIL)}
-
-
-def listed(mask: Tensor, share: float, run: Run) -> list[int]:
-    """Numbers that a mask keeps; as many as the share leaves while planning, when it has no values."""
-    keep = len(mask) - pruned(len(mask), share)
-    return [i for i in range(len(mask)) if run.read(mask[i], worst=float(i < keep))]
