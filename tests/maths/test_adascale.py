@@ -97,7 +97,7 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 
 def test_a_step_is_as_much_larger_and_time_passes_as_fast() -> None:
-    plain = {"dtype": "float64", "duration": "8 step"}
+    plain: dict[str, Any] = {"dtype": "float64", "batch": 16}
     sgd = example("sgd", momentum=0.0)
     base = run_of(recipe(sgd, example("accumulate"), example("warmup_linear", warmup=0), **plain))
     tried = run_of(recipe(sgd, example("adascale"), example("warmup_linear", warmup=0), **plain))

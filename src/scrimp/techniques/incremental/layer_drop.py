@@ -107,7 +107,7 @@ class LayerDrop(Technique):
                 kept = [drawn(run.seed, step, n) < chance(*place, theta) for n, place in depth.items()]
                 run.log(self, kept=sum(kept) / len(kept))
             p = chance(*depth[name], theta)
-            x = args[0] if args else next(iter(kwargs.values()))
+            x: Any = args[0] if args else next(iter(kwargs.values()))
             if drawn(run.seed, step, name) >= p:
                 return x
             y = forward(*args, **kwargs)
