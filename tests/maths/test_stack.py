@@ -310,10 +310,14 @@ def test_zeroed_copies_of_a_decoder_keep_the_function() -> None:
     runs: list[Run] = []
     losses: list[Tensor] = []
 
+    def loss_of(run: Run) -> Tensor:
+        assert run.evaluate is not None
+        return run.evaluate(lambda model: run.task.loss(model, batch))
+
     def see(event: str, fields: dict[str, Any]) -> None:
         if event == "stage":
             runs.append(fields["run"])
-            losses[:] = [run.evaluate(lambda model: run.task.loss(model, batch)) for run in runs]  # type: ignore[misc]
+            losses[:] = [loss_of(run) for run in runs]
 
     train(made, save=False, observe=see)
     assert torch.equal(losses[0], losses[1])

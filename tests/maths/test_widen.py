@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from scrimp.growth import Side, Wider, head_units, hidden_units, widened
 from scrimp.recipe import Recipe
 from scrimp.run import Run
 from scrimp.techniques.incremental.stack import Stack
 from scrimp.techniques.incremental.widen import Widen
 from scrimp.training import train
+from scrimp.widths import Side, Wider, head_units, hidden_units, widened
 from tiny import MODEL, assert_equal, example, flat, recipe, run_of, step
 from tiny_tasks import TINY, Memory
 
@@ -36,6 +36,11 @@ def made_of(entry: str, *techniques: Any, **settings: Any) -> Recipe:
     return recipe(*techniques, model=model, data=Memory(name), task=tiny.name or name, dtype="float64", **settings)
 
 
+def loss_of(run: Run, batch: dict[str, Tensor]) -> Tensor:
+    assert run.evaluate is not None
+    return run.evaluate(lambda model: run.task.loss(model, batch))
+
+
 def at_growth(made: Recipe) -> tuple[list[Run], list[Tensor], list[dict[str, Tensor]]]:
     """The runs of two stages; the losses of the first as it ended and of the second as it began, and both states."""
     runs: list[Run] = []
@@ -47,7 +52,7 @@ def at_growth(made: Recipe) -> tuple[list[Run], list[Tensor], list[dict[str, Ten
         if event == "stage":
             runs.append(fields["run"])
             if len(runs) == 2:
-                losses.extend(run.evaluate(lambda model: run.task.loss(model, batch)) for run in runs)  # type: ignore[misc]
+                losses.extend(loss_of(run, batch) for run in runs)
                 states.extend(flat(run.state()) for run in runs)
 
     train(made, save=False, observe=see, force=True)
@@ -57,7 +62,7 @@ def at_growth(made: Recipe) -> tuple[list[Run], list[Tensor], list[dict[str, Ten
 @pytest.mark.parametrize(("entry", "noise"), [*((entry, 0.5) for entry in WIDE), ("causal-lm", 0.0)])
 def test_growth_keeps_the_function(entry: str, noise: float) -> None:
     growing = Widen(at=("2 step",), shares=(0.3,), heads=True, noise=noise)
-    runs, losses, states = at_growth(made_of(entry, example("adamw"), example("ema"), growing, duration="3 step"))
+    _, losses, states = at_growth(made_of(entry, example("adamw"), example("ema"), growing, duration="3 step"))
     assert abs(float(losses[0] - losses[1])) < 1e-12 * abs(float(losses[0]))
     layers = ("mlp.up", "mlp.down", "mlp.gate", "attention.qkv", "attention.proj", "cross.kv", "cross.proj")
     for name, tensor in states[0].items():
@@ -176,8 +181,8 @@ def test_heads_are_counted_with_the_queries_that_share_them() -> None:
 
 
 def test_depth_and_width_grow_at_the_same_point() -> None:
-    made = made_of("causal-lm", example("adamw"), Stack(at=("2 step",), zero_new=True), Widen(at=("2 step",), heads=True),
-                   duration="4 step")  # fmt: skip
+    both = (Stack(at=("2 step",), zero_new=True), Widen(at=("2 step",), heads=True))
+    made = made_of("causal-lm", example("adamw"), *both, duration="3 step")
     _, losses, _ = at_growth(made)
     assert abs(float(losses[0] - losses[1])) < 1e-12 * abs(float(losses[0]))
 

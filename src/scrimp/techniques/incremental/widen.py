@@ -4,10 +4,10 @@
 
 for the units j of the wider MLP, where h is how many there were; a gate's rows go with those of `up`. With `heads` the
 same is done to heads of attention: keys, values and queries are copied, and the projection's columns are divided. The
-noise sums to zero over the copies of a unit. So the function stays, up to rounding, and copies still part: without noise
-they would get the same gradients for ever. Papers: Net2Net, Chen et al., ICLR 2016, arXiv 1511.05641, which adds its noise
-to the copies themselves; bert2BERT, Chen et al., ACL 2022, arXiv 2110.07143, which does it to Transformers. The width of
-the residual stream does not change here.
+noise sums to zero over the copies of a unit. So the function stays, up to rounding, and copies still part: without
+noise they would get the same gradients for ever. Papers: Net2Net, Chen et al., ICLR 2016, arXiv 1511.05641, which adds
+its noise to the copies themselves; bert2BERT, Chen et al., ACL 2022, arXiv 2110.07143, which does it to Transformers.
+The width of the residual stream does not change here.
 
 Moments are carried as if the wide model had always been there: those of what leads into a unit are divided by the
 number of copies (by its square where squares are averaged), as their gradients are; those of what leads out are copied.
@@ -29,8 +29,8 @@ from torch import nn
 
 from scrimp.clock import Duration
 from scrimp.errors import UserError
-from scrimp.growth import head_units, hidden_units, narrow, rounded, widened
 from scrimp.technique import Card, Technique, at_least
+from scrimp.widths import head_units, hidden_units, narrow, rounded, widened
 
 if TYPE_CHECKING:
     from scrimp.run import Run
