@@ -4,9 +4,8 @@
     width    hidden unit j of the wider MLP  <-  unit (j mod h), what leads out of it divided by the number of copies
     length   the first tokens of each sequence (truncate), or means of k neighboring embeddings (pool)
 
-Paper: Gu et al., "On the Transformer Growth for Progressive BERT Training", NAACL 2021, arXiv 2010.12562, which finds that
-growing all three together is better than each alone. Its stages were not at hand here: depths, shares and points are
-settings. Width keeps the function (`widths.py` says how, and what becomes of moments); depth does not.
+Paper: Gu et al., "On the Transformer Growth for Progressive BERT Training", NAACL 2021, arXiv 2010.12562, which grows all
+three together. Depths, shares and points are settings here, and the defaults are not the paper's. Width keeps the function (`widths.py` says how, and what becomes of moments); depth does not.
 
 With `pool`, which is for encoders, embeddings are pooled after positions are added, so that every position is trained,
 and a pooled token is attended to if any of its tokens is. Each token is then given its group's state: heads and labels
@@ -14,8 +13,8 @@ stay as they are, and a hidden token is predicted from the state of its group. A
 they predict in their own group, so that it is refused there. Validation is of the stage's own model: pooled, or, when
 truncated, of whole sequences.
 
-Saves: time of early steps, which are cheaper in three ways at once. Costs: a jump of the loss at each growth of depth, and
-early steps that hold fewer tokens. Not for: images (resolution_warmup is the twin of length), initializations that
+Saves: time of early steps, which are cheaper in three ways at once. Costs: a jump of the loss at each growth of depth,
+and early steps that hold fewer tokens. Not for: images (resolution_warmup is the twin of length), initializations that
 depend on depth. Compare against a baseline with a fully decayed schedule.
 """
 
@@ -47,13 +46,13 @@ class CompoundGrow(Technique):
     card = Card(
         paper="arXiv:2010.12562",
         section="Incremental learning",
-        claim="speeds BERT's pre-training up by 73.6 % (base) and 82.2 % (large) (abstract)",
+        claim="BERT's pre-training is 73.6 % (base) and 82.2 % (large) faster at comparable quality (the abstract)",
         saves="time and activation memory of early steps",
         costs="a jump of the loss where depth grows; early steps hold fewer tokens",
         sets=("depth schedule", "width schedule", "length schedule"),
         refuses={"frozen weights": "frozen layers are as wide as they are."},
         phase={"model": "sizes", "carry": "grow", "batch": "length"},
-        example={"at": (0.5,), "lengths": (1.0,)},
+        example={"at": (0.5,)},
         neutral={"at": ()},
     )
     at: tuple[str | float, ...] = (0.3,)
@@ -94,6 +93,9 @@ class CompoundGrow(Technique):
     def _share(self, shares: tuple[float, ...], run: Run) -> float:
         return (*(shares or (0.5,) * len(self.at)), 1.0)[run.clock.passed(self.at)]
 
+    def _shortens(self) -> bool:
+        return any(share < 1 for share in self.lengths) if self.lengths else bool(self.at)
+
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Keep the first blocks, narrow their MLPs, pool what comes in."""
         lists = lists_of_blocks(model, "*", run.where(self))
@@ -107,9 +109,7 @@ class CompoundGrow(Technique):
         for units in hidden_units(model, run.where(self)):
             narrow(model, units, rounded(self._share(self.hidden, run), units.count, self.multiple))
         factor = round(1 / self._share(self.lengths, run))
-        if self.length == "pool" and any(
-            share < 1 for share in (*self.lengths, *(() if self.lengths else self.at[:1]))
-        ):
+        if self.length == "pool" and self._shortens():
             _check_pooled(model, run.where(self, "length"))
         if self.length == "pool" and factor > 1:
             pool(model, factor)
@@ -127,8 +127,7 @@ class CompoundGrow(Technique):
 
     def batch(self, batch: Callable[[int], Batch], run: Run) -> Callable[[int], Batch]:
         """Truncate what has the context's length."""
-        shrinks = any(share < 1 for share in self.lengths) if self.lengths else bool(self.at)
-        if self.length == "pool" or not shrinks:
+        if self.length == "pool" or not self._shortens():
             return batch
         context = getattr(run.data.train, "context", 0)
         if context < 2:
