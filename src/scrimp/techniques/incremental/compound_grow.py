@@ -4,8 +4,9 @@
     width    hidden unit j of the wider MLP  <-  unit (j mod h), what leads out of it divided by the number of copies
     length   the first tokens of each sequence (truncate), or means of k neighboring embeddings (pool)
 
-Paper: Gu et al., "On the Transformer Growth for Progressive BERT Training", NAACL 2021, arXiv 2010.12562, which grows all
-three together. Depths, shares and points are settings here, and the defaults are not the paper's. Width keeps the function (`widths.py` says how, and what becomes of moments); depth does not.
+Paper: Gu et al., "On the Transformer Growth for Progressive BERT Training", NAACL 2021, arXiv 2010.12562, which grows
+all three together. Depths, shares and points are settings here, and the defaults are not the paper's. Width keeps the
+function (`widths.py` says how, and what becomes of moments); depth does not.
 
 With `pool`, which is for encoders, embeddings are pooled after positions are added, so that every position is trained,
 and a pooled token is attended to if any of its tokens is. Each token is then given its group's state: heads and labels
@@ -46,7 +47,7 @@ class CompoundGrow(Technique):
     card = Card(
         paper="arXiv:2010.12562",
         section="Incremental learning",
-        claim="BERT's pre-training is 73.6 % (base) and 82.2 % (large) faster at comparable quality (the abstract)",
+        claim="speeds up BERT's pre-training by 73.6 % (base) and 82.2 % (large) (abstract)",
         saves="time and activation memory of early steps",
         costs="a jump of the loss where depth grows; early steps hold fewer tokens",
         sets=("depth schedule", "width schedule", "length schedule"),
