@@ -121,7 +121,7 @@ class ImageTower(nn.Module):
         cut = images.reshape(batch, channels, n, p, n, p).permute(0, 2, 4, 1, 3, 5)  # [B, n, n, K, p, p]
         x = self.patches(cut.reshape(batch, n * n, channels * p * p).to(self.class_token.dtype))
         x = torch.cat([self.class_token.expand(batch, 1, -1).to(x.dtype), x], 1)
-        x = self.pre_norm(x + self.positions.weight)
+        x = self.pre_norm(x + self.positions(torch.arange(1 + n * n, device=x.device)))
         for block in self.blocks:
             x = block(x, sample=sample)
         return self.norm(x[:, 0])
