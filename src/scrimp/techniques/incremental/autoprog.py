@@ -262,7 +262,7 @@ class AutoProg(Technique):
             path.append(before)
         last = part == self.parts - 1
         options = [(full, context)] if last else path[-1:] if trains else supernet.candidates(depths, lengths, before)
-        return supernet.Stage(not (trains or last), path, options, len(made) or len(path), depths[0])
+        return supernet.Stage(not (trains or last), path, options, min(len(made) or 99, len(path)), depths[0])
 
     def _tell(self, run: Run, count: int) -> None:
         """Say how long a search is."""
