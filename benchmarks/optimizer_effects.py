@@ -4,11 +4,12 @@
     python benchmarks/optimizer_effects.py --only esam+looksam
     python benchmarks/optimizer_effects.py --steps 5 --seeds 2 --factors 1 --out /tmp/effects.json    # does it run?
 
-Every arm trains gpt-1m on the interpreter's own library sources, with a warm-up and a cosine over its own length. It is
-tried at its learning rate times each of `--factors` at the first seed; at the best of them it trains with the other seeds.
-The sharpness-aware arms use AdamW, at the rate that was best for AdamW. Losses are those of held-out windows after the
-last step. Differences are paired by seed, with Student's t (`scrimp.significance`): with three seeds only large ones are
-seen. The number of steps is the same for all, and a step of sam is twice the work: `seconds` tells what it took.
+Every arm trains gpt-1m on the interpreter's own library sources, with a warm-up and a cosine over its own length. It
+is tried at its learning rate times each of `--factors` at the first seed; at the best of them it trains with the other
+seeds. The sharpness-aware arms use AdamW, at the rate that was best for AdamW. Losses are those of held-out windows
+after the last step. Differences are paired by seed, with Student's t (`scrimp.significance`): with three seeds only
+large ones are seen. The number of steps is the same for all, and a step of sam is twice the work: `processor_seconds`
+tells what it took.
 
 A run's row is written when it is done, and none is made twice; rows made with other settings are refused.
 """

@@ -1,13 +1,13 @@
 """What an update rule costs: its share of a training step, and the bytes it keeps for a weight.
 
-    python benchmarks/optimizers.py                          # a few minutes on one core; writes evidence/optimizers.json
+    python benchmarks/optimizers.py                     # minutes on one core; writes evidence/optimizers.json
     python benchmarks/optimizers.py --workload A16k --batch 4 --only lamb
     python benchmarks/optimizers.py --steps 2 --out /tmp/optimizers.json     # does it run?
 
-Every rule trains the same GPT on the same random tokens, as its card's defaults say. A step is the backward slot and the
-rule's `step()`; validation, data and logging are left out. Each is timed by the wall clock and by the processor's, which
-what else runs on the machine lengthens less; shares are of the processor's. Medians over the steps, of which the first
-is not counted. What depends on the batch is the rest of the step: the rule's own part does not.
+Every rule trains the same GPT on the same random tokens, as its card's defaults say. A step is the backward slot and
+the rule's `step()`; validation, data and logging are left out. Each is timed by the wall clock and by the processor's,
+which what else runs on the machine lengthens less; shares are of the processor's. Medians over the steps, of which the
+first is not counted. What depends on the batch is the rest of the step: the rule's own part does not.
 
 Bytes are those of all tensors of the optimizer's state, over the number of weights, against the states that the card
 promises. Workloads are those of benchmarks/peers, and `small`.
