@@ -109,7 +109,7 @@ def take_out_norms(model: nn.Module, where: str = "", inner: bool = False) -> li
                 setattr(owner, name, nn.Identity())
         for branch in stack.branches:
             setattr(branch.block, f"{branch.kind}_norm", nn.Identity())
-            # Without norms both orders are the same; this one lets what takes a norm's place act on the branch alone.
+            # Without norms both orders are the same, and others may ask for this one.
             branch.block.pre = True  # type: ignore[assignment]
             attention = getattr(branch.block, branch.kind)
             if inner and isinstance(attention, Attention):

@@ -35,6 +35,7 @@ def test_no_norm_is_left(entry: str, norm_at: str) -> None:
     for stack in stacks(run.model):
         block: Any = stack.branches[0].block
         x, states = (torch.randn(2, 5, block.mlp.up.weight.shape[1], dtype=torch.float64) for _ in range(2))
+        assert block.pre
         middle = x + block.attention(x, None, None, None)
         if block.cross is not None:
             middle = middle + block.cross(middle, states, None)
