@@ -7,8 +7,9 @@
 A GPT of 12 narrow blocks on the Python library's own text. Every arm decays its learning rate fully within its own
 steps; `baseline, 150 steps` is what progressive learning has to beat, as it saves a quarter of the time by itself.
 Seconds are those of all steps, searches included, by the wall clock; `rest` is everything else: building stages and
-validating; the processor's seconds are those of both, and tell how much was waiting for other processes. Sequences that a candidate truncates count with what is left, so that tokens differ between arms. Rows that
-`evidence/autoprog.json` has are kept, unless `--again`: a benchmark that was stopped goes on where it was.
+validating. The processor's seconds, of both, tell how much was waiting for other processes. Sequences that a candidate
+truncates count with what is left, so that tokens differ between arms. Rows that `evidence/autoprog.json` has are kept,
+unless `--again`: a benchmark that was stopped goes on where it was.
 """
 
 from __future__ import annotations
