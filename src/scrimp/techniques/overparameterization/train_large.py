@@ -13,8 +13,8 @@ For `distill` the wide model's weights are kept until the end of the run, and it
 each step. Logits are compared in places whose targets count.
 
 Saves: steps, since larger models need fewer for the same loss; the paper's claim is about time, which depends on the
-machine: compare at equal seconds. Costs: slower steps and more memory before the cut, a jump of the loss at it. Not
-for: weights to start from, which have the recipe's size.
+machine: compare at equal seconds. Costs: slower steps and more memory before the cut, a jump of the loss at it.
+Not for: weights to start from, which have the recipe's size.
 """
 
 from __future__ import annotations
