@@ -1,4 +1,4 @@
-"""Train large, then compress: what stays is what matters most, under the names and in the sizes of the recipe's model."""
+"""Train large, then compress: what stays is what matters most, under the names and in the sizes of the recipe."""
 
 from __future__ import annotations
 

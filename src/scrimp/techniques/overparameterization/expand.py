@@ -9,7 +9,7 @@ so that W_e = W at first, to the last bit: the run starts where the plain one do
 `ratio` r of 1 there are no extra rows and columns. Nothing nonlinear stands between the factors, the bias stays
 outside, and the hidden width r min(n, m) loses no rank, which is why r may not be less than 1.
 
-Why it may help: with balanced factors, W_{j+1}^T W_{j+1} = W_j W_j^T, a small step of gradient descent moves the product
+Why it may help: with balanced factors, W_{j+1}^T W_{j+1} = W_j W_j^T, a small step of gradient descent moves a product
 of N factors by
 
     dW_e = - eta sum over j = 1..N of [W_e W_e^T]^((N - j) / N)  grad  [W_e^T W_e]^((j - 1) / N)

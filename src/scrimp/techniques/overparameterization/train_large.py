@@ -9,18 +9,18 @@ Paper: Li et al., "Train Large, Then Compress", ICML 2020, arXiv 2002.11794. The
 quantizes; here whole neurons, heads and blocks go, so that what is left is the model that the recipe asks for and as
 fast. Moments are cut like the weights they belong to.
 
-The wide model's weights are kept for `distill` until the end of the run, and it is run forward, without dropout, in each
-step. Logits are compared in places whose targets count.
+For `distill` the wide model's weights are kept until the end of the run, and it is run forward, without dropout, in
+each step. Logits are compared in places whose targets count.
 
 Saves: steps, since larger models need fewer for the same loss; the paper's claim is about time, which depends on the
-machine: compare at equal seconds. Costs: slower steps and more memory before the cut, a jump of the loss at it. Not for:
-weights to start from, which have the recipe's size.
+machine: compare at equal seconds. Costs: slower steps and more memory before the cut, a jump of the loss at it.
+Not for: weights to start from, which have the recipe's size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -112,7 +112,7 @@ class TrainLarge(Technique):
 
     def _widened(self, model: nn.Module, run: Run) -> nn.Module:
         c: Any = getattr(model, "config", None)
-        if not is_dataclass(c) or not hasattr(c, "hidden") or not hasattr(c, "build"):
+        if not all(hasattr(c, name) for name in ("hidden", "kv_heads", "head_dim", "build")):
             raise UserError(f"{type(model).__name__} says no sizes.", run.where(self), "Use a model of the house.")
         c = replace(c, hidden=int(self.hidden * c.mlp), layers=c.layers + self.layers, head_width=c.head_dim,
                     heads=int(self.heads * (c.kv_heads or c.heads)) * (c.heads // (c.kv_heads or c.heads)),
