@@ -213,13 +213,14 @@ def _stage(run: Run, end: int, session: Session) -> str:
         del batch, loss
         if validate and (clock.step % validate == 0 or clock.done) and measure(run, session) and not clock.done:
             return "stopped early"
+        # Before an interruption, which would save a run that resumes without the cut.
+        if run.signals and not clock.done:
+            break
         if session.interrupted and not clock.done:
             snapshot(run, session)
             return "interrupted"
         if save and clock.step % save == 0 and not clock.done:
             snapshot(run, session)
-        if run.signals and not clock.done:
-            break
     return "finished"
 
 
