@@ -1,4 +1,4 @@
-"""What growing saves: `python benchmarks/growth.py [--suite text|images] [--steps 300] [--seeds 3]` -> evidence/growth.json.
+"""What growing saves: `python benchmarks/growth.py [--suite text|images] [--steps 300]` -> evidence/growth.json.
 
 Each arm trains a small model for the same number of steps, with a learning rate that decays to zero at its own end, and
 is held against a baseline that does so too, as "No Train No Gain" (arXiv 2307.06440) asks. For each arm there is also a
@@ -7,8 +7,8 @@ without the technique. Seconds are the processor's, on one thread: of all steps 
 validation. Rows are written one by one, and those that are there are not measured again.
 
 A row has `loss` (and `accuracy`), `seconds`, `curve` (step, seconds, loss) and, of arms, `ratio`, the arm's seconds by
-the baseline's; `reached`, the seconds at which the arm first was as good as the baseline at its end, or null; and `same_time`,
-the shortened baseline's row.
+the baseline's; `reached`, the seconds at which the arm first was as good as the baseline at its end, or null; and
+`same_time`, the shortened baseline's row.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -124,31 +125,29 @@ def digits(folder: Path) -> str:
     return str(folder / "digits.npz")
 
 
-def run(suite: str, source: str, steps: int, seeds: int, out: Path) -> None:
-    """All rows of a suite that are not there yet."""
+def kept(out: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row: read if it is there, else measured and written."""
     found = json.loads(out.read_text()) if out.exists() else {"rows": {}}
-    arms = {name: arm for name, arm in ARMS[suite].items() if not set(arm) - set(modules())}
+    if key not in found["rows"]:
+        found["rows"][key] = {**make(), "date": time.strftime("%Y-%m-%d")}
+        found["environment"] = {name: value for name, value in environment().items() if name != "command"}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(key, {name: found["rows"][key].get(name) for name in ("loss", "seconds", "ratio", "reached")}, flush=True)
+    return found["rows"][key]
 
-    def kept(key: str, make: Any) -> dict[str, Any]:
-        if key not in found["rows"]:
-            found["rows"][key] = {**make(), "date": time.strftime("%Y-%m-%d")}
-            found["environment"] = {name: value for name, value in environment().items() if name != "command"}
-            out.write_text(json.dumps(found, indent=1) + "\n")
-            shown = {name: found["rows"][key].get(name) for name in ("loss", "seconds", "ratio", "reached")}
-            print(key, shown, flush=True)
-        return found["rows"][key]
 
-    for seed in range(seeds):
-        # The first steps of a process are slow: they are not measured.
-        measured(recipe_of(suite, source, {}, 3, seed))
-        baseline = kept(f"{suite}/baseline/{steps}/{seed}", lambda: measured(recipe_of(suite, source, {}, steps, seed)))
+def run(suite: str, source: str, steps: int, seed: int, out: Path) -> None:
+    """The rows of a suite and a seed that are not there yet."""
 
-        def shorter(count: int) -> dict[str, Any]:
-            return measured(recipe_of(suite, source, {}, count, seed))
+    def plain(count: int) -> dict[str, Any]:
+        return measured(recipe_of(suite, source, {}, count, seed))
 
-        for name, arm in arms.items():
+    plain(3)  # The first steps of a process are slow: they are not measured.
+    baseline = kept(out, f"{suite}/baseline/{steps}/{seed}", lambda: plain(steps))
+    for name, arm in ARMS[suite].items():
+        if set(arm) <= set(modules()):
             recipe = recipe_of(suite, source, arm, steps, seed)
-            kept(f"{suite}/{name}/{steps}/{seed}", lambda r=recipe: compared(measured(r), baseline, shorter))
+            kept(out, f"{suite}/{name}/{steps}/{seed}", lambda r=recipe: compared(measured(r), baseline, plain))
 
 
 def main() -> None:
@@ -164,7 +163,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for suite in given.suite or ["text", "images"]:
             source = given.images or digits(Path(place)) if suite == "images" else ""
-            run(suite, source, given.steps, given.seeds, given.out)
+            for seed in range(given.seeds):
+                run(suite, source, given.steps, seed, given.out)
 
 
 if __name__ == "__main__":
