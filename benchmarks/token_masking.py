@@ -4,8 +4,8 @@
     python benchmarks/token_masking.py --only mae      # replaces the rows whose names hold the word
     python benchmarks/token_masking.py --rounds 2      # quicker, noisier
 
-    mae    masked images at 75 %: mask tokens in the encoder, against hidden patches left out; an encoder of 12 blocks of
-           width 192, 196 patches, and decoders from the light one to one as wide as the encoder
+    mae    masked images at 75 %: mask tokens in the encoder, against hidden patches left out; an encoder of 12 blocks
+           of width 192, 196 patches, and decoders from the light one to one as wide as the encoder
     flip   images and texts at 50 and 75 %, images a second at equal settings
     mass   fragments of 50 %: the decoder over all places, against over the fragment; the encoder is kept short, and
            the decoder's own forward and backward pass is timed by itself, too
@@ -133,7 +133,7 @@ def decoded(run: Run) -> Callable[[], None]:
     return step
 
 
-def compared(arms: dict[str, Callable[[], None]], rounds: int, images: int) -> dict[str, Any]:
+def compared(arms: dict[str, Callable[[], None]], items: int, rounds: int) -> dict[str, Any]:
     """Arms in turns; the first is what others are compared with."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     rows: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def compared(arms: dict[str, Callable[[], None]], rounds: int, images: int) -> d
     first = next(iter(arms))
     for name, row in rows.items():
         row["seconds"] = statistics.median(seconds[name])
-        row["items_per_second"] = images / row["seconds"]
+        row["items_per_second"] = items / row["seconds"]
         row["times_as_fast"] = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         row["flops_ratio"] = row["flops"] / rows[first]["flops"]
         row["bytes_ratio"] = row["peak_bytes"] / rows[first]["peak_bytes"]
@@ -200,15 +200,11 @@ def main() -> None:
     for name, make in cases().items():
         if args.only not in name:
             continue
-        rows[name] = compared(*_ordered(make(), args.rounds))
+        rows[name] = compared(*make(), args.rounds)
         for arm, row in rows[name].items():
             print(f"{name:32} {arm:14} {row['seconds']:8.3f} s  {row['times_as_fast']:5.2f} x  "
                   f"FLOPs {row['flops_ratio']:5.3f}  bytes {row['bytes_ratio']:5.3f}", flush=True)  # fmt: skip
         OUT.write_text(json.dumps({"environment": environment(), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
-
-
-def _ordered(made: tuple[Any, int], rounds: int) -> tuple[Any, int, int]:
-    return made[0], rounds, made[1]
 
 
 if __name__ == "__main__":
