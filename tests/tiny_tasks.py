@@ -116,7 +116,8 @@ TINY: dict[str, Tiny] = {
         ("images",), PICTURE, "masked-image",
     ),
     "fragment": Tiny(
-        lambda r, n: {"tokens": tokens(r, n, CONTEXT + 1)}, {**MODEL, "name": "encoder_decoder"}, ("tokens",), TEXT
+        lambda r, n: {"tokens": tokens(r, n, CONTEXT + 1)},
+        {**MODEL, "name": "encoder_decoder", "layers": 3, "decoder_layers": 1}, ("tokens",), TEXT,
     ),
     "contrastive": Tiny(
         captioned, {**MODEL, "name": "two_towers", "patch": 8, "projection": 16}, ("images", "captions"),

@@ -59,7 +59,7 @@ def test_a_crowd_resumes_bitwise_from_files(first: str, tmp_path: Path) -> None:
     cuts = checkpoint.snapshots(tmp_path / "r/checkpoints")[:-1]
     assert len(cuts) >= 2
     for cut in cuts:
-        resumed = train(resume=cut, data=data.open())
+        resumed = train(resume=cut, data=data.open(), force=True)  # planned above
         assert_equal(flat(whole.run.state()), flat(resumed.run.state()))
         assert resumed.validation == whole.validation
         assert resumed.text == whole.text

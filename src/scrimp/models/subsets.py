@@ -56,12 +56,11 @@ def some_mask(mask: Tensor | None, places: Tensor) -> Tensor | None:
     """Rows and columns of the tokens at some places [B, K] of a mask that broadcasts to [B, H, T, T]."""
     if mask is None:
         return None
-    mask = mask.view(*(1 for _ in range(4 - mask.ndim)), *mask.shape)
-    mask = mask.expand(len(places), -1, -1, -1)
+    part = mask.view(*(1 for _ in range(4 - mask.ndim)), *mask.shape).expand(len(places), -1, -1, -1)
     for dim in (2, 3):
-        if mask.shape[dim] > 1:
-            shape = list(mask.shape)
+        if part.shape[dim] > 1:
+            shape = list(part.shape)
             shape[dim] = places.shape[1]
             index = places[:, None, :, None] if dim == 2 else places[:, None, None, :]
-            mask = mask.gather(dim, index.expand(shape))
-    return mask
+            part = part.gather(dim, index.expand(shape))
+    return part
