@@ -439,3 +439,23 @@ def test_starting_weights_are_masked_from_the_first_step_on() -> None:
         w = run.model.get_parameter(name)
         assert not w[~mask].any()
         assert torch.equal(w[mask], source["model"][name][mask])
+
+
+def test_grasp_removes_the_largest_scores_of_the_first_batch() -> None:
+    run = run_of(recipe(example("grasp", density=0.3, temperature=1.0), dtype="float64"))
+    other = run_of(recipe(dtype="float64"))
+    other.model.eval()
+    names = list(masks_of(run, "grasp"))
+    weights = [other.model.get_parameter(n) for n in names]
+    batch = other.batch(0)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = other.task.loss(other.model, batch) / other.task.count(batch)
+        grads = torch.autograd.grad(loss, weights, create_graph=True)
+        half = torch.stack([g.square().sum() for g in grads]).sum() / 2
+        scores = {
+            n: -w.detach() * h for n, w, h in zip(names, weights, torch.autograd.grad(half, weights), strict=True)
+        }
+    step(run)
+    kept = torch.cat([scores[n][m] for n, m in masks_of(run, "grasp").items()])
+    gone = torch.cat([scores[n][~m] for n, m in masks_of(run, "grasp").items()])
+    assert kept.max() <= gone.min() + 1e-15
