@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +20,13 @@ from torch import Tensor, nn
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
+from scrimp.growth import OUTPUTS, block_names, deepened
 from scrimp.meter import flops_per_token
 from scrimp.models.seams import wrap_forward
 
 if TYPE_CHECKING:
     from scrimp.technique import Batch, State
 
-OUTPUTS: Final = ("attention.proj.weight", "attention.proj.bias", "mlp.down.weight", "mlp.down.bias")
-"""Last layers of the branches: zero there makes a block the identity."""
 WIDEST: Final = 3
 """Depths, and lengths, that a search compares at most."""
 
@@ -153,45 +151,14 @@ def elastic(layers: Sequence[nn.Module], running: Callable[[], frozenset[int]]) 
         wrap_forward(block, lambda forward, block=block, i=i: around(forward, block, i))
 
 
-def check_branches(block: nn.Module, where: str) -> None:
-    """Whether zeros in the last layers of a block's branches make it the identity.
-
-    Raises:
-        UserError: if they do not.
-    """
-    own = {name for name, _ in block.named_parameters()}
-    lacking = [name for name in OUTPUTS if name.endswith(".weight") and name not in own]
-    if lacking:
-        raise UserError(f"blocks have no `{lacking[0]}` to zero.", where, "Leave it off, or use the house Transformer.")
-    if not getattr(block, "pre", True):
-        what = "a block with norms after its branches is never the identity."
-        raise UserError(what, where, "Leave it off, or set `model.norm_at: pre`.")
-
-
-def pattern(path: str) -> re.Pattern[str]:
-    """Names of what is in a list: (number of the block, rest of the name)."""
-    return re.compile(rf"{re.escape(path + '.') if path else ''}(\d+)\.(.*)")
-
-
 def depth_of(names: Mapping[str, Tensor], path: str) -> int:
     """How many blocks of a list some names belong to."""
-    return len({match[1] for name in names if (match := pattern(path).match(name))})
-
-
-def rearranged(tensors: Mapping[str, Tensor], path: str, origin: Sequence[int]) -> dict[str, Tensor]:
-    """Tensors by name, block i of a list being block origin[i] of before; copies share memory."""
-    found = pattern(path)
-    made = {name: t for name, t in tensors.items() if not found.match(name)}
-    for name, tensor in tensors.items():
-        match = found.match(name)
-        for i in [i for i, source in enumerate(origin) if match and source == int(match[1])]:
-            made[f"{path}.{i}.{match[2]}".lstrip(".")] = tensor  # type: ignore[index]
-    return made
+    return len({match[1] for name in names if (match := block_names(path).match(name))})
 
 
 def in_copies(tensors: Mapping[str, Tensor], path: str, copies: Sequence[int]) -> dict[str, str]:
     """Names of what is in some blocks -> the rest of the name within the block."""
-    found = pattern(path)
+    found = block_names(path)
     return {name: m[2] for name in tensors if (m := found.match(name)) and int(m[1]) in copies}
 
 
@@ -207,14 +174,14 @@ def grown(state: State, path: str, old: int, new: int, how: Growth) -> State:
     if old >= new:
         return state
     origin, copies = origins(old, new, how.order), added(old, new, how.order)
-    made = {kind: rearranged(tensors, path, origin) for kind, tensors in state.items()}
+    made = {kind: deepened(tensors, path, origin) for kind, tensors in state.items()}
     averages = made.get(how.averages, {})
     for kind, tensors in made.items():
         moments = kind.startswith("optimizer.")
         for name, rest in in_copies(tensors, path, copies).items():
             if kind == "model" and name in averages:
                 tensors[name] = averages[name].to(tensors[name].dtype)
-            if (moments and how.reset) or (not moments and how.zero and rest in OUTPUTS):
+            if (moments and how.reset) or (not moments and how.zero and rest.rpartition(".")[0] in OUTPUTS):
                 tensors[name] = torch.zeros_like(tensors[name])
     return dict(made)
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from scrimp import supernet
 from scrimp.errors import UserError
 from scrimp.groups import trainable
+from scrimp.growth import block_names, check_identity, deepened
 from scrimp.models.seams import blocks
 from scrimp.technique import Card, Technique, at_least, below_one
 
@@ -109,7 +110,7 @@ class AutoProg(Technique):
             return model
         found = blocks(model, run.where(self))
         if self.zero_new:
-            supernet.check_branches(next(iter(found.values())), run.where(self, "zero_new"))
+            check_identity(next(iter(found.values())), run.where(self, "zero_new"))
         layers = supernet.mark(model, found, run.where(self))
         # Cut in place: the list may be an nn.Sequential that is called, or the model itself.
         del layers[self._stage(run, len(found)).options[-1][0] :]
@@ -160,7 +161,7 @@ class AutoProg(Technique):
         chosen, small = stage.ended()
         if old > chosen:
             keep = supernet.active(small, old, chosen, self.order)
-            state = {kind: supernet.rearranged(tensors, path, keep) for kind, tensors in state.items()}
+            state = {kind: deepened(tensors, path, keep) for kind, tensors in state.items()}
         state = supernet.grown(state, path, min(old, chosen), len(layers), how)
         memory = {n: t for n, t in state[own].items() if n.startswith("#") or not self._last(run)}
         if stage.searching:
@@ -203,7 +204,7 @@ class AutoProg(Technique):
             return step
         path, _, full = supernet.marked(run.model)
         stage, memory = self._stage(run, full), run.memory(self)
-        weights = {n: p for n, p in trainable(run.model).items() if supernet.pattern(path).match(n)}
+        weights = {n: p for n, p in trainable(run.model).items() if block_names(path).match(n)}
         averages = {} if self._last(run) else weights
         for name, p in averages.items():
             memory[name] = p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
