@@ -330,6 +330,9 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "finetune": finetune,
     "vision-results": vision, "task-runs": task_runs,
     **{name: partial(other, "tables_data", name) for name in ("pruning", "crossing")},
+    **{name: partial(other, "tables_computation", name.replace("-", "_"))
+       for name in ("computation", "optimizers", "deep", "sparsity", "slimming", "growth", "autoprog", "together",
+                    "token-masking")},
 }  # fmt: skip
 
 
