@@ -102,7 +102,10 @@ def row(arm: str, seed: int, steps: int) -> dict[str, Any]:
     validation: dict[str, float] = {}
     error = ""
     try:
-        validation = train(recipe(arm, seed, steps), save=False, observe=see).validation
+        result = train(recipe(arm, seed, steps), save=False, observe=see)
+        validation = result.validation
+        if result.reason == "interrupted":
+            raise SystemExit("Interrupted; the rows that are written are whole.")
     except UserError as raised:
         error = str(raised)
     last = statistics.fmean(losses[-10:]) if losses and not error else math.nan

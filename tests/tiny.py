@@ -132,6 +132,12 @@ def step(run: Run) -> None:
     run.clock.tick(run.recipe.batch, int(count))
 
 
+def keep(record: Any, technique: str, library: str, difference: float) -> None:
+    """Tell `benchmarks/parity.py` how far a technique is from a library's: `record` is pytest's record_property."""
+    for name, value in {"technique": technique, "library": library, "difference": difference}.items():
+        record(name, value)
+
+
 def flat(state: dict[str, Any]) -> dict[str, Tensor]:
     """A state as one table of copies."""
     return {f"{kind}/{name}": t.detach().clone() for kind, tensors in state.items() for name, t in tensors.items()}

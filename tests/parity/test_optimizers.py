@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from scrimp.clock import Clock, Duration
 from scrimp.groups import Group
 from scrimp.registry import technique_class
-from tiny import example, recipe, run_of, step
+from tiny import example, keep, recipe, run_of, step
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 STEPS = 50
@@ -169,15 +169,18 @@ CONSTANT = ("LARS",)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_trajectories_agree(pair: str) -> None:
+def test_trajectories_agree(pair: str, record_property: Callable[[str, object], None]) -> None:
     mine, reference, tolerance = PAIRS[pair]
     falls = not any(name in pair for name in CONSTANT)
     a, b = trajectory(mine, falls), trajectory(reference, falls)
     assert float((a[-1] - a[0]).abs().max()) > 1e-3
-    assert max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) <= tolerance
+    worst = max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+    library, name = pair.partition(",")[0].split(" ")[0], pair.partition(",")[0].split(" ")[-1].lower()
+    keep(record_property, "lion" if name == "lion-pytorch" else name, library, worst)
+    assert worst <= tolerance
 
 
-def test_the_average_agrees_with_torch() -> None:
+def test_the_average_agrees_with_torch(record_property: Callable[[str, object], None]) -> None:
     run = run_of(recipe(example("ema", decay=0.9, warmup=False), dtype="float64"))
     reference = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     # Its first update copies the weights, where ours starts from the initial ones.
@@ -186,8 +189,9 @@ def test_the_average_agrees_with_torch() -> None:
         step(run)
         reference.update_parameters(run.model)
     memory = run.memories["ema"]
-    for name, p in reference.module.named_parameters():
-        assert torch.allclose(memory[name], p, rtol=0, atol=1e-15)
+    worst = max(float((memory[name] - p.detach()).abs().max()) for name, p in reference.module.named_parameters())
+    keep(record_property, "ema", "torch", worst)
+    assert worst <= 1e-15
 
 
 def factors(name: str, steps: int, **settings: Any) -> list[float]:
@@ -207,7 +211,9 @@ def factors(name: str, steps: int, **settings: Any) -> list[float]:
     ],
     ids=["linear", "cosine", "wsd"],
 )
-def test_schedules_agree_with_transformers(mine: tuple[str, dict[str, Any]], make: str) -> None:
+def test_schedules_agree_with_transformers(
+    mine: tuple[str, dict[str, Any]], make: str, record_property: Callable[[str, object], None]
+) -> None:
     import transformers
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
@@ -222,6 +228,8 @@ def test_schedules_agree_with_transformers(mine: tuple[str, dict[str, Any]], mak
         scheduler.step()
     got = factors(mine[0], 100, warmup="10 step", **mine[1])
     # Theirs wastes the first step at a rate of 0, so that its warm-up is a step behind.
+    pairs = [*zip(got[:10], theirs[1:11], strict=True), *zip(got[10:], theirs[10:], strict=True)]
+    keep(record_property, mine[0], "transformers", max(abs(a - b) for a, b in pairs))
     assert got[:10] == pytest.approx(theirs[1:11], abs=1e-12)
     assert got[10:] == pytest.approx(theirs[10:], abs=1e-12)
 

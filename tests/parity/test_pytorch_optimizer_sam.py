@@ -12,7 +12,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
-from tiny import example
+from tiny import example, keep
 
 STEPS = 50
 TOLERANCE = 1e-13
@@ -90,14 +90,17 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_sam_agrees(base: str) -> None:
-    assert apart(ours("sam", base, rho=0.1), theirs(pytorch_optimizer.SAM, base, rho=0.1)) <= TOLERANCE
+def test_sam_agrees(base: str, record_property: Callable[[str, object], None]) -> None:
+    difference = apart(ours("sam", base, rho=0.1), theirs(pytorch_optimizer.SAM, base, rho=0.1))
+    keep(record_property, "sam", "pytorch-optimizer", difference)
+    assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_looksam_agrees(base: str, k: int) -> None:
+def test_looksam_agrees(base: str, k: int, record_property: Callable[[str, object], None]) -> None:
     a = ours("looksam", base, rho=0.1, k=k, alpha=0.7)
     b = theirs(pytorch_optimizer.LookSAM, base, rho=0.1, k=k, alpha=0.7)
+    keep(record_property, "looksam", "pytorch-optimizer", apart(a, b))
     assert apart(a, b) <= TOLERANCE
     assert apart(a, ours("sam", base, rho=0.1)) > (1e-3 if k > 1 else -1.0), "it is not just sam"
