@@ -102,7 +102,21 @@ def run_of(task: str, model: dict[str, Any], data: str, batch: int, **techniques
     return build(recipe, opened, new_clock(recipe, opened))
 
 
-def stepped(run: Run) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Arm:
+    """Something that is timed."""
+
+    step: Callable[[], None]
+    weights: int
+    """Bytes of the weights, which the meter counts as soon as they are read."""
+
+
+def weighed(run: Run, step: Callable[[], None]) -> Arm:
+    """A step and the weights that it reads."""
+    return Arm(step, sum(p.nbytes for p in run.model.parameters()))
+
+
+def stepped(run: Run) -> Arm:
     """A whole step of training, always on the same batch."""
     batch = run.batch(0)
     count = run.task.count(batch)
@@ -114,10 +128,10 @@ def stepped(run: Run) -> Callable[[], None]:
         run.step()
         run.optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return weighed(run, step)
 
 
-def decoded(run: Run) -> Callable[[], None]:
+def decoded(run: Run) -> Arm:
     """The decoder, head and loss of a step by themselves, forward and backward."""
     batch, model = run.batch(0), run.model
     states = model.encode(batch["tokens"]).detach().requires_grad_()
@@ -130,24 +144,24 @@ def decoded(run: Run) -> Callable[[], None]:
         model.zero_grad(set_to_none=True)
         states.grad = None
 
-    return step
+    return weighed(run, step)
 
 
-def compared(arms: dict[str, Callable[[], None]], items: int, rounds: int) -> dict[str, Any]:
+def compared(arms: dict[str, Arm], items: int, rounds: int) -> dict[str, Any]:
     """Arms in turns; the first is what others are compared with."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     rows: dict[str, Any] = {}
-    for name, step in arms.items():
-        step()
+    for name, arm in arms.items():
+        arm.step()
         with FlopCounterMode(display=False) as counter:
-            step()
+            arm.step()
         with LiveBytes() as meter:
-            step()
-        rows[name] = {"flops": counter.get_total_flops(), "peak_bytes": meter.peak}
+            arm.step()
+        rows[name] = {"flops": counter.get_total_flops(), "peak_bytes": meter.peak - arm.weights}
     for turn in range(rounds):
         for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:
             begin = time.perf_counter()
-            arms[name]()
+            arms[name].step()
             seconds[name].append(time.perf_counter() - begin)
     first = next(iter(arms))
     for name, row in rows.items():
@@ -159,9 +173,9 @@ def compared(arms: dict[str, Callable[[], None]], items: int, rounds: int) -> di
     return rows
 
 
-def cases() -> dict[str, Callable[[], tuple[dict[str, Callable[[], None]], int]]]:
+def cases() -> dict[str, Callable[[], tuple[dict[str, Arm], int]]]:
     """name -> what makes its arms, and the items of a step."""
-    found: dict[str, Callable[[], tuple[dict[str, Callable[[], None]], int]]] = {}
+    found: dict[str, Callable[[], tuple[dict[str, Arm], int]]] = {}
     for name, decoder in DECODERS.items():
         found[f"mae, decoder of {name}"] = lambda decoder=decoder: (
             {
