@@ -54,7 +54,7 @@ def test_resumes_bitwise_at_three_cuts(name: str, tmp_path: Path) -> None:
         copy = tmp_path / f"cut-{cut}"
         shutil.copytree(tmp_path / "whole", copy)
         _use_tiny_data(copy)
-        resumed = train(resume=copy / f"checkpoints/step-{cut:09d}", data=made.data.open())
+        resumed = train(resume=copy / f"checkpoints/step-{cut:09d}", data=made.data.open(), force=True)
         assert_equal(wanted, flat(resumed.run.state()))
         assert resumed.validation == whole.validation
 

@@ -59,12 +59,12 @@ def test_every_technique_is_in_a_crowd() -> None:
 def test_a_crowd_resumes_bitwise_from_files(first: str, tmp_path: Path) -> None:
     data = recipe(*crowd(first)).data
     made = recipe(*crowd(first), data="text", out=str(tmp_path), name="r", checkpoint={"every": "3 step", "keep": 9})
-    whole = train(made, data=data.open())
+    whole = train(made, data=data.open(), force=True)
     assert math.isfinite(whole.validation["loss"])
     cuts = checkpoint.snapshots(tmp_path / "r/checkpoints")[:-1]
     assert len(cuts) >= 2
     for cut in cuts:
-        resumed = train(resume=cut, data=data.open(), force=True)  # planned above
+        resumed = train(resume=cut, data=data.open(), force=True)
         assert_equal(flat(whole.run.state()), flat(resumed.run.state()))
         assert resumed.validation == whole.validation
         assert resumed.text == whole.text
@@ -72,7 +72,7 @@ def test_a_crowd_resumes_bitwise_from_files(first: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", crowds())
 def test_the_order_in_the_recipe_does_not_matter(first: str) -> None:
-    forth, back = (train(recipe(*line), save=False) for line in (crowd(first), crowd(first)[::-1]))
+    forth, back = (train(recipe(*line), save=False, force=True) for line in (crowd(first), crowd(first)[::-1]))
     assert_equal(flat(forth.run.state()), flat(back.run.state()))
     assert forth.validation == back.validation
 

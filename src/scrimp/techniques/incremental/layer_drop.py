@@ -114,7 +114,8 @@ class LayerDrop(Technique):
             if not isinstance(y, Tensor) or y.shape != x.shape:
                 what = f"`{name}` does not map a tensor to one of the same shape, so that it cannot be left out."
                 raise UserError(what, run.where(self), "Use a model whose blocks do.")
-            return y if p == 1 else x + (y - x) / p
+            # A step that keeps all by chance holds as much as one in which nothing can be left out.
+            return y if self.keep == 1 or depth[name][0] == 0 else x + (y - x) / p
 
         return gated
 

@@ -114,7 +114,7 @@ class Lottery(Technique):
         for name, value in ((ROUND, current), (SAVED, 0)):
             memory[name] = torch.tensor(value)
         kept = state.get(f"memory.{run.order.key(self)}")
-        if kept is None or run.read(kept[ROUND], worst=current) == current:
+        if kept is None or run.read(kept[ROUND], worst=current - 1) == current:
             return state
         return self._rewound(state, dict(kept), run, weights, current)
 
@@ -123,7 +123,7 @@ class Lottery(Technique):
     ) -> State:
         trained, pattern = state["model"], Pattern.parse(self.pattern)
         # Pruned weights rank below all others, also below survivors that are zero.
-        scores = {n: torch.where(kept[n + MASK], trained[n].abs().double(), -1.0) for n in weights}
+        scores = {n: torch.where(kept[n + MASK], trained[n].abs(), -1.0) for n in weights}
         masks = best(scores, self.left(size(weights), current), pattern)
         model = {n: kept.get(n + REWIND, t) for n, t in trained.items()}
         for name, mask in masks.items():
