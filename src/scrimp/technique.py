@@ -60,7 +60,7 @@ SLOTS: Final[dict[str, str]] = {
 
 PHASES: Final[dict[str, tuple[str, ...]]] = {
     "model": ("sizes", "architecture", "seams", "frozen"),
-    "wrap": ("tokens", "precision", "recompute", "saved", "compile", "dropped", "shard"),
+    "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
     "init": ("fill", "scale"),
     "carry": ("rewind", "grow", "widen", "masked"),
     "optimizer": ("rule", "states"),

@@ -7,10 +7,22 @@ grasp    -w (H g)        how much the norm of the gradient falls when the weight
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
+    from scrimp.technique import Batch
+
+
+def scored_batches(run: Run, batch: Batch, count: int) -> list[Batch]:
+    """This step's batch and those of the next steps; of batches without values, the same again."""
+    if any(isinstance(value, FakeTensor) for value in batch.values()):
+        return [batch] * count
+    return [batch, *(run.batch(run.clock.step + i) for i in range(1, count))]
 
 
 def snip(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:

@@ -63,7 +63,7 @@ class AutoProg(Technique):
         sets=("depth schedule", "length schedule"),
         phase={
             "model": "sizes",
-            "wrap": "dropped",
+            "wrap": "elastic",
             "carry": "grow",
             "batch": "length",
             "backward": "watched",

@@ -41,7 +41,7 @@ from scrimp.sparse.masks import (
     size,
 )
 from scrimp.sparse.patterns import Pattern, best
-from scrimp.sparse.scores import grasp
+from scrimp.sparse.scores import grasp, scored_batches
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class GraSP(Technique):
             nonlocal scored
             if not scored:
                 scored = True
-                self._prune(run, weights, heads, pattern)
+                self._prune(run, batch, weights, heads, pattern)
             return masked(batch, count)
 
         return after_scoring
@@ -129,12 +129,14 @@ class GraSP(Technique):
             fix = f"{error.fix} Or set temperature to 1."
             raise UserError(error.what, run.where(self, "head"), fix.strip()) from None
 
-    def _prune(self, run: Run, weights: dict[str, nn.Parameter], heads: list[nn.Module], pattern: Pattern) -> None:
+    def _prune(
+        self, run: Run, batch: Batch, weights: dict[str, nn.Parameter], heads: list[nn.Module], pattern: Pattern
+    ) -> None:
         training = run.model.training
         run.model.eval()
         try:
             with sdpa_kernel(SDPBackend.MATH), cooled(heads, self.temperature):
-                found = grasp(self._losses(run), list(weights.values()))
+                found = grasp(self._losses(run, batch), list(weights.values()))
         finally:
             run.model.train(training)
         scores = {name: -s for name, s in zip(weights, found, strict=True)}
@@ -146,7 +148,7 @@ class GraSP(Technique):
         run.memory(self).update({name + MASK: mask for name, mask in masks.items()})
         apply(run.memory(self), weights)
 
-    def _losses(self, run: Run) -> list[Callable[[], Tensor]]:
+    def _losses(self, run: Run, first: Batch) -> list[Callable[[], Tensor]]:
         """The mean loss of every part of every scoring batch."""
 
         def loss(part: Batch, count: Tensor) -> Tensor:
@@ -154,8 +156,7 @@ class GraSP(Technique):
             return run.loss(run.model, part) / count
 
         found: list[Callable[[], Tensor]] = []
-        for i in range(self.batches):
-            batch = run.batch(run.clock.step + i)
+        for batch in scored_batches(run, first, self.batches):
             count = run.task.count(batch)
             pieces = {name: value.tensor_split(min(self.parts, len(value))) for name, value in batch.items()}
             for j in range(min(len(piece) for piece in pieces.values())):

@@ -36,7 +36,7 @@ from scrimp.sparse.masks import (
     size,
 )
 from scrimp.sparse.patterns import Pattern, best
-from scrimp.sparse.scores import snip
+from scrimp.sparse.scores import scored_batches, snip
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -97,17 +97,18 @@ class SNIP(Technique):
             nonlocal scored
             if not scored:
                 scored = True
-                self._prune(backward, run, weights, pattern)
+                self._prune(backward, run, batch, weights, pattern)
             return masked(batch, count)
 
         return after_scoring
 
-    def _prune(self, backward: Backward, run: Run, weights: dict[str, nn.Parameter], pattern: Pattern) -> None:
+    def _prune(
+        self, backward: Backward, run: Run, batch: Batch, weights: dict[str, nn.Parameter], pattern: Pattern
+    ) -> None:
         training = run.model.training
         run.model.eval()
-        for i in range(self.batches):
-            batch = run.batch(run.clock.step + i)
-            backward(batch, run.task.count(batch))
+        for scored in scored_batches(run, batch, self.batches):
+            backward(scored, run.task.count(scored))
         run.model.train(training)
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values()]
         scores = dict(zip(weights, snip([w.detach() for w in weights.values()], grads), strict=True))
