@@ -16,12 +16,15 @@ SECTIONS = (
 
 
 def evidence(name: str) -> Any:
-    """A file of `evidence/`."""
-    return json.loads((ROOT / "evidence" / f"{name}.json").read_text())
+    """A file of `evidence/`; without rows where it was not measured."""
+    path = ROOT / "evidence" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"rows": {}}
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
     """A table in Markdown."""
+    if not lines:
+        return "Not measured yet."
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *lines])
 
 
@@ -102,10 +105,16 @@ def sparsity() -> str:
 
 def slimming() -> str:
     """Early-bird tickets, expansion, and large models that are cut."""
-    found = evidence("slimming")
-    lines = [[name, f"{row['loss']:.3f} ± {row['spread']:.3f}", f"{row['seconds']:.0f}", str(row["steps"]),
-              str(row["seeds"])] for name, row in found["summary"].items()]  # fmt: skip
-    return table(["arm", "held-out loss", "seconds", "steps", "seeds"], lines)
+    arms: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for key, row in evidence("slimming")["rows"].items():
+        arms[key.rpartition("/")[0]].append(row)
+    lines = [
+        [arm, spread([row["loss"] for row in rows]), f"{statistics.mean(row['seconds'] for row in rows):.0f}",
+         ", then ".join(f"{s:.2f}" for s in rows[0]["step_seconds"]), f"{rows[0]['parameters']:,}",
+         str(rows[0]["steps"]), str(len(rows))]
+        for arm, rows in arms.items()
+    ]  # fmt: skip
+    return table(["arm", "held-out loss", "seconds", "seconds a step", "weights at the end", "steps", "seeds"], lines)
 
 
 def growth() -> str:

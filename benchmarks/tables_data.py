@@ -55,23 +55,23 @@ def crossing() -> str:
 def importance() -> str:
     """Importance sampling against uniform batches."""
     found = json.loads((ROOT / "evidence" / "importance.json").read_text())["rows"].values()
-    lines = ["| arm | steps | test error % | held-out loss | seconds | tau | steps that sampled |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    head = ["arm", "steps", "test error %", "held-out loss", "seconds", "tau", "steps that sampled"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for arm in ("uniform", "importance", "importance, always", "uniform, same seconds"):
         rows = [seed[arm] for seed in found]
         error, loss, seconds, steps = ([row[key] for row in rows] for key in ("error", "loss", "seconds", "steps"))
         tau = [row["tau"] for row in rows if "tau" in row]
-        sampling = statistics.mean(row.get("sampling", 0.0) for row in rows)
-        lines.append(f"| {arm} | {statistics.mean(steps):.0f} | {_cell(_spread(error), -1)} | {statistics.mean(loss):.3f} "
-                     f"± {statistics.stdev(loss):.3f} | {statistics.mean(seconds):.1f} "
-                     f"| {f'{statistics.mean(tau):.2f}' if tau else ''} | {f'{sampling:.0%}' if tau else ''} |")  # fmt: skip
+        cells = [
+            arm, f"{statistics.mean(steps):.0f}",
+            f"{100 * statistics.mean(error):.1f} ± {100 * statistics.stdev(error):.1f}",
+            f"{statistics.mean(loss):.3f} ± {statistics.stdev(loss):.3f}", f"{statistics.mean(seconds):.1f}",
+            f"{statistics.mean(tau):.2f}" if tau else "",
+            f"{statistics.mean(row['sampling'] for row in rows):.0%}" if tau else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     by = {name: statistics.mean(seed["variance"][name] for seed in found) for name in ("uniform", "bound", "exact")}
     about = (
         "Variance of one item's gradient at the end of `uniform`, as a share of that of a uniform draw: by the bound "
         f"{by['bound'] / by['uniform']:.2f}, by exact norms {by['exact'] / by['uniform']:.2f}. {len(found)} seeds."
     )
     return "\n".join([*lines, "", about])
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
