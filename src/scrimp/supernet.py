@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
-from scrimp.growth import OUTPUTS, block_names, deepened
+from scrimp.growth import added, block_names, deepened, empty_outputs, origins
 from scrimp.meter import flops_per_token
 from scrimp.models.seams import wrap_forward
 
 if TYPE_CHECKING:
-    from scrimp.technique import Batch, State
+    from scrimp.technique import State
 
 WIDEST: Final = 3
 """Depths, and lengths, that a search compares at most."""
@@ -79,17 +79,6 @@ def choose(losses: Sequence[float], times: Sequence[float]) -> tuple[int, float]
     w = -a1 if a1 < 0 else 0.0
     best = min(range(len(losses)), key=lambda i: (losses[i] * times[i] ** w, times[i]))
     return best, w
-
-
-def origins(old: int, new: int, order: str) -> list[int]:
-    """Of which of the old blocks each new one is a copy."""
-    return [i % old if order == "stack" else i * old // new for i in range(new)]
-
-
-def added(old: int, new: int, order: str) -> list[int]:
-    """Which of the new blocks are copies beside an original."""
-    origin = origins(old, new, order)
-    return [i for i, o in enumerate(origin) if o in origin[:i]]
 
 
 def active(small: int, whole: int, depth: int, order: str) -> list[int]:
@@ -170,7 +159,10 @@ def follow(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay:
 
 
 def grown(state: State, path: str, old: int, new: int, how: Growth) -> State:
-    """A state with copies of blocks: of their moving averages where there are any."""
+    """A state with copies of blocks: of their moving averages where there are any.
+
+    Weights that are zero stay zero: averages remember what was pruned.
+    """
     if old >= new:
         return state
     origin, copies = origins(old, new, how.order), added(old, new, how.order)
@@ -180,8 +172,8 @@ def grown(state: State, path: str, old: int, new: int, how: Growth) -> State:
         moments = kind.startswith("optimizer.")
         for name, rest in in_copies(tensors, path, copies).items():
             if kind == "model" and name in averages:
-                tensors[name] = averages[name].to(tensors[name].dtype)
-            if (moments and how.reset) or (not moments and how.zero and rest.rpartition(".")[0] in OUTPUTS):
+                tensors[name] = averages[name].to(tensors[name].dtype) * (tensors[name] != 0)
+            if how.reset if moments else (how.zero and empty_outputs(rest, tensors[name])):
                 tensors[name] = torch.zeros_like(tensors[name])
     return dict(made)
 
@@ -191,13 +183,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def shortened(batch: Batch, context: int, length: int) -> Batch:
-    """The beginnings of what has the context's length."""
-    if length == context:
-        return batch
-    return {n: t[:, :length].contiguous() if t.ndim > 1 and t.shape[1] == context else t for n, t in batch.items()}
 
 
 @dataclass(frozen=True)

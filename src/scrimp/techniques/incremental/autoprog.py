@@ -37,6 +37,7 @@ from scrimp.errors import UserError
 from scrimp.groups import trainable
 from scrimp.growth import block_names, check_identity, deepened
 from scrimp.models.seams import blocks
+from scrimp.models.subsets import shortened
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ class AutoProg(Technique):
             return batch
         stage = self._stage(run, supernet.marked(run.model)[2])
         turn = self._turns(run, stage)
-        return lambda step: supernet.shortened(batch(step), context, stage.options[turn(step)[0]][1])
+        return lambda step: shortened(batch(step), context, stage.options[turn(step)[0]][1])
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """While searching, note the loss of the step's candidate."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from scrimp.clock import Duration
 from scrimp.errors import UserError
+from scrimp.models.subsets import shortened
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -71,11 +72,4 @@ class LengthWarmup(Technique):
         length = min(context, -(-round(share * context) // self.multiple) * self.multiple)
         if length == context or self.start == 1:
             return batch
-
-        def truncated(step: int) -> Batch:
-            return {
-                name: t[:, :length].contiguous() if t.ndim > 1 and t.shape[1] == context else t
-                for name, t in batch(step).items()
-            }
-
-        return truncated
+        return lambda step: shortened(batch(step), context, length)
