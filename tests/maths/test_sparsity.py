@@ -258,6 +258,16 @@ def test_the_density_is_constant_and_moments_of_pruned_weights_are_zero(name: st
 
 
 @pytest.mark.parametrize("name", MOVING)
+def test_a_remembered_direction_revives_no_pruned_weight(name: str) -> None:
+    """LookSAM keeps one of an exchange's dense gradients, and adds it after gradients are masked."""
+    parts = example(name, density=0.1, until=1.0), example("looksam", k=2, rho=0.5), example("adamw")
+    run = run_of(recipe(*parts, dtype="float64"))
+    for _ in range(5):
+        step(run)
+        assert_masked(run, name)
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_growth_alone_leaves_the_outputs_as_they_are(name: str) -> None:
     """Without the drop: the weights that stay are bit-identical, and new ones are zero."""
     run = run_of(recipe(example(name, density=0.1, until=1.0), example("sgd", lr=0.0), dtype="float64"))
