@@ -55,7 +55,7 @@ def halved(total: int, points: int) -> tuple[int, ...]:
 
 
 def origins(old: int, new: int, order: str) -> list[int]:
-    """Of which of the old blocks each new one is a copy: `stack` puts copies on top, `interleave` each beside its own."""
+    """Of which of the old blocks each new one is a copy; `stack` puts copies on top, `interleave` by the originals."""
     return [i % old if order == "stack" else i * old // new for i in range(new)]
 
 

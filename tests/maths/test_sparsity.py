@@ -153,6 +153,23 @@ def test_grasp_is_minus_w_times_the_hessian_times_the_gradient() -> None:
     torch.testing.assert_close(found, -w * (hessian @ gradient), rtol=0, atol=1e-12)
 
 
+def test_grasp_is_half_of_how_much_the_squared_gradient_rises_without_a_weight() -> None:
+    weights, loss = net(torch.Generator().manual_seed(3))
+    leaves = [nn.Parameter(w.detach()) for w in weights]
+    score, small = grasp([lambda: loss(*leaves)], leaves)[0].flatten(), 1e-6
+
+    def squared(first: Tensor) -> float:
+        grads = torch.autograd.grad(loss(first, leaves[1]), [first, leaves[1]])
+        return float(sum(g.square().sum() for g in grads))
+
+    whole = leaves[0].detach()
+    for i in range(whole.numel()):
+        less = whole.clone().flatten()
+        less[i] *= 1 - small
+        rise = squared(less.view(4, 5).requires_grad_()) - squared(whole.clone().requires_grad_())
+        assert rise / small == pytest.approx(2 * float(score[i]), rel=1e-3, abs=1e-6)
+
+
 def test_removing_the_largest_of_grasp_keeps_more_of_the_gradient_than_removing_the_smallest() -> None:
     norms: dict[bool, float] = {True: 0.0, False: 0.0}
     for seed in range(8):

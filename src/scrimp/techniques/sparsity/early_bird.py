@@ -73,7 +73,7 @@ class EarlyBird(Technique):
         claim="35 to 45% less training time at comparable performance on BERT (abstract)",
         saves="time and memory after the search",
         costs="the steps of the search, and capacity",
-        sets=("depth schedule", "width schedule", "sparsity"),
+        sets=("depth schedule", "width schedule", "sparsity", "schedule's time"),
         needs=("qkv", "proj", "up", "down"),
         refuses={"frozen weights": "Its coefficients train with the weights, and rewinding begins them anew."},
         phase={"model": "sizes", "carry": "rewind", "schedule": "rounds", "loss": "auxiliary", "export": "whole"},

@@ -2,7 +2,7 @@
 
     S = -w * (H g),   g = dL/dw,  H its Hessian;   REMOVE the weights with the largest S
 
-as S is, to first order, how much ||g||^2 falls when the weight goes. S has a sign: no magnitude is taken. Paper: Wang
+as 2 S is, to first order, how much ||g||^2 rises when the weight goes. S has a sign: no magnitude is taken. Paper: Wang
 et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, arXiv 2002.07376.
 
 H g is exact, by differentiating twice, of the loss of the logits divided by a temperature, with dropout off. The
@@ -42,6 +42,7 @@ from scrimp.sparse.masks import (
 )
 from scrimp.sparse.patterns import Pattern, best
 from scrimp.sparse.scores import grasp, scored_batches
+from scrimp.splitting import split
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -158,9 +159,7 @@ class GraSP(Technique):
         found: list[Callable[[], Tensor]] = []
         for batch in scored_batches(run, first, self.batches):
             count = run.task.count(batch)
-            pieces = {name: value.tensor_split(min(self.parts, len(value))) for name, value in batch.items()}
-            for j in range(min(len(piece) for piece in pieces.values())):
-                found.append(partial(loss, {name: piece[j] for name, piece in pieces.items()}, count))
+            found += [partial(loss, piece, count) for piece in split(batch, self.parts)]
         return found
 
     def step(self, step: Step, run: Run) -> Step:
