@@ -275,6 +275,12 @@ def test_the_density_is_constant_and_moments_of_pruned_weights_are_zero(name: st
 
 
 @pytest.mark.parametrize("name", MOVING)
+def test_masks_that_will_never_move_are_remarked(name: str) -> None:
+    said = [run_of(recipe(example(name, interval=f"{n} step", until=0.5))).remarks for n in (3, 4)]
+    assert [any("never exchanges" in remark for remark in remarks) for remarks in said] == [False, True]
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_a_remembered_direction_revives_no_pruned_weight(name: str) -> None:
     """LookSAM keeps one of an exchange's dense gradients, and adds it after gradients are masked."""
     parts = example(name, density=0.1, until=1.0), example("looksam", k=2, rho=0.5), example("adamw")
@@ -379,6 +385,11 @@ def test_survivors_go_back_bit_for_bit_and_the_smallest_are_gone(rewind: float) 
     same = [torch.equal(first[n], seen[1][1][f"memory.lottery/{n}{REWIND}"]) for n in first]
     assert all(same) if rewind == 0 else not all(same)
     assert_masked(seen[-1][0], "lottery")
+
+
+def test_a_density_without_rounds_is_refused() -> None:
+    with pytest.raises(UserError, match="0 rounds prune nothing"):
+        Lottery(rounds=0, density=0.1)
 
 
 def test_the_density_of_the_end_can_be_asked_for() -> None:

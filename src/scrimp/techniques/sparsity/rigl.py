@@ -101,6 +101,8 @@ class RigL(Technique):
         """Exchange weights when it is time; otherwise update, and mask the weights."""
         weights = prunable(run, self, self.params)
         calendar = self._calendar(run)
+        if self.density < 1:
+            calendar.check(run, self)
         masked = masked_step(step, run, self, weights)
         shown = False
 

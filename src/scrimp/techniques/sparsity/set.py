@@ -94,6 +94,8 @@ class SET(Technique):
         """Update, mask the weights, and exchange some when it is time."""
         weights = prunable(run, self, self.params)
         calendar = self._calendar(run)
+        if self.density < 1:
+            calendar.check(run, self)
         masked = masked_step(step, run, self, weights)
         shown = False
 
