@@ -59,9 +59,7 @@ class LengthWarmup(Technique):
         """The points at which the length grows: at each the run is rebuilt, hence planned for its own length."""
         if self.start == 1:
             return ()
-        whole = Duration.parse(self.until)
-        parts = [Duration(whole.value * n / self.levels, whole.unit) for n in range(1, self.levels + 1)]
-        return tuple(part.value if part.unit == "run" else f"{part.value!r} {part.unit}" for part in parts)
+        return Duration.parse(self.until).evenly(self.levels)
 
     def batch(self, batch: Callable[[int], Batch], run: Run) -> Callable[[int], Batch]:
         """Truncate what has the context's length."""

@@ -68,9 +68,7 @@ class ResolutionWarmup(Technique):
         """The points at which images grow: at each the run is rebuilt, hence planned for its own size."""
         if self.start == 1:
             return ()
-        whole = Duration.parse(self.until)
-        parts = [Duration(whole.value * n / self.levels, whole.unit) for n in range(1, self.levels + 1)]
-        return tuple(part.value if part.unit == "run" else f"{part.value!r} {part.unit}" for part in parts)
+        return Duration.parse(self.until).evenly(self.levels)
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Read positions, and images, at the size of the stage."""

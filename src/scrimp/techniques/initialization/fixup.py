@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scrimp.groups import Multipliers, trainable
 from scrimp.models.seams import Linear
 from scrimp.normless import (
     Branch,
@@ -43,10 +42,12 @@ from scrimp.normless import (
     refuse_norms,
     stacks,
     take_out_norms,
+    undecayed,
 )
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
+    from scrimp.groups import Multipliers
     from scrimp.run import Run
     from scrimp.technique import State
 
@@ -104,10 +105,7 @@ class Fixup(Technique):
 
     def groups(self, groups: dict[str, Multipliers], run: Run) -> dict[str, Multipliers]:
         """A lower rate and no decay for the numbers, where they are trained."""
-        if not any(name.endswith("_scale.alpha") for name in trainable(run.model)):
-            return groups
-        own = groups.get(NUMBERS, Multipliers())
-        return groups | {NUMBERS: own.times(Multipliers(self.scale_lr, 0.0))}
+        return undecayed(groups, run, NUMBERS, self.scale_lr)
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Shifts into biases, then scales into the last layers. A layer without a bias gets one."""

@@ -79,9 +79,7 @@ class TokenDrop(Technique):
         """The points at which the share grows."""
         if self.keep == 1:
             return ()
-        whole = Duration.parse(self.until)
-        parts = [Duration(whole.value * n / self.levels, whole.unit) for n in range(1, self.levels + 1)]
-        return tuple(part.value if part.unit == "run" else f"{part.value!r} {part.unit}" for part in parts)
+        return Duration.parse(self.until).evenly(self.levels)
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Give the blocks between the first and the last of each list some of the tokens."""
