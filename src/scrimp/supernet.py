@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
-from scrimp.growth import added, block_names, deepened, empty_outputs, origins
+from scrimp.growth import added, block_names, deepened, empty_outputs, lists_of_blocks, origins
 from scrimp.meter import flops_per_token
 from scrimp.models.seams import wrap_forward
 
@@ -102,21 +102,18 @@ def flops(model: nn.Module, layers: Sequence[nn.Module], depth: int, length: int
     return tokens * (rest + depth * (6 * block + attention))
 
 
-def mark(model: nn.Module, found: Mapping[str, nn.Module], where: str) -> nn.ModuleList | nn.Sequential:
-    """The list that the blocks are in, marked so that it is found again once it is cut to a few.
+def mark(model: nn.Module, where: str) -> tuple[str, int]:
+    """Mark the list that the blocks are in, so that it is found again once it is cut to a few: its path and length.
 
     Raises:
-        UserError: if there are several lists, or names that are no numbers.
+        UserError: if there are several lists, or blocks that are not numbered.
     """
-    names = list(found)
-    path = names[0].rpartition(".")[0]
-    if len({name.rpartition(".")[0] for name in names}) > 1:
+    lists = lists_of_blocks(model, "*", where)
+    if len(lists) > 1:
         raise UserError("the model has several lists of blocks.", where, "Use a model with one, such as a decoder.")
-    if names != [f"{path}.{i}".lstrip(".") for i in range(len(names))]:
-        raise UserError(f"the blocks {names[:3]} are not numbered from 0.", where, "Put them into an nn.ModuleList.")
-    layers: Any = model.get_submodule(path)
-    layers.whole_depth = len(names)
-    return layers
+    [(path, depth)] = lists.items()
+    model.get_submodule(path).whole_depth = depth  # type: ignore[assignment]
+    return path, depth
 
 
 def marked(model: nn.Module) -> tuple[str, Sequence[nn.Module], int]:
