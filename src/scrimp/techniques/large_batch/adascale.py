@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scrimp.groups import parts, trainable
+from scrimp.groups import other_than_sgd, trainable
 from scrimp.splitting import accumulated, check_parts, compared, smooth, split
 from scrimp.technique import Card, Technique, at_least
 
@@ -96,10 +96,9 @@ class AdaScale(Technique):
         """Step at r times the learning rate, and let r pass."""
         memory = self._memory(run)
         assert run.optimizer is not None
-        others = sorted({type(p).__name__ for p in parts(run.optimizer) if not isinstance(p, torch.optim.SGD)})
-        if others:
+        if others := other_than_sgd(run.optimizer):
             run.remarks.append(
-                f"adascale's gain is derived for SGD; under {' and '.join(others)} the rate it sets has no such ground."
+                f"adascale's gain is derived for SGD; under {others} the rate it sets has no such ground."
             )
 
         def scaled() -> bool:
