@@ -387,6 +387,17 @@ def test_survivors_go_back_bit_for_bit_and_the_smallest_are_gone(rewind: float) 
     assert_masked(seen[-1][0], "lottery")
 
 
+@pytest.mark.parametrize("name", ["snip", "grasp", "lottery"])
+def test_blocks_that_do_not_divide_are_refused_at_the_start(name: str) -> None:
+    with pytest.raises(UserError, match=rf"techniques\.{name}\.pattern: .* does not divide into parts of 5"):
+        run_of(recipe(example(name, pattern="5x5")))
+
+
+def test_a_first_layer_with_too_many_weights_is_told_with_its_technique() -> None:
+    with pytest.raises(UserError, match=r"techniques\.static_sparse: the first layer alone"):
+        run_of(recipe(example("static_sparse", allocation="first_dense", density=0.01)))
+
+
 def test_a_density_without_rounds_is_refused() -> None:
     with pytest.raises(UserError, match="0 rounds prune nothing"):
         Lottery(rounds=0, density=0.1)

@@ -39,6 +39,7 @@ from scrimp.sparse.masks import (
     masked_export,
     masked_step,
     prunable,
+    shapes,
     size,
 )
 from scrimp.sparse.patterns import Pattern, best
@@ -110,6 +111,8 @@ class Lottery(Technique):
     def carry(self, state: State, run: Run) -> State:
         """At the start of a round: prune, and go back."""
         weights = prunable(run, self, self.params)
+        for name, shape in shapes(weights).items():
+            Pattern.parse(self.pattern).check(name, shape, run.where(self, "pattern"))
         memory, current = full(run, self, weights), run.clock.passed(self.stages())
         for name, p in run.model.named_parameters():
             memory[name + REWIND] = p.detach().clone()
