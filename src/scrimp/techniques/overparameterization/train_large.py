@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.clock import Duration
-from scrimp.distilling import Teacher, divergence, watched
+from scrimp.distilling import Teacher, divergence, refuse_joined_head, watched
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks
 from scrimp.slimming import (
@@ -166,7 +166,9 @@ class TrainLarge(Technique):
         return distilled
 
     def _check_teacher(self, run: Run, where: str) -> None:
-        """Whether the wide model is what its options say, from which the teacher is built."""
+        """Whether there will be logits, and the wide model is what its options say, from which the teacher is built."""
+        if any("head loss" in technique.card.sets for technique in run.order.techniques):
+            refuse_joined_head(where)
         other = {name for name, _ in run.model.named_parameters()} ^ self._teacher_shapes(run).keys()
         if other:
             what = f"another technique changes the wide model (`{min(other)}`), which then cannot be learned from."
