@@ -6,7 +6,7 @@ ERK allocation: arXiv 1707.04780, as used in Evci et al., "Rigging the Lottery",
 
 Saves: FLOPs and bytes on hardware with sparse products; no seconds on a CPU or GPU, where masks are stored dense.
 Costs: a pass over gradients and weights, and accuracy, the more the lower the density.
-Not for: use. It tells what a method that chooses its weights is worth. Biases are not pruned.
+Not for: models that are to be used: it tells what a method that chooses its weights is worth. Biases are not pruned.
 """
 
 from __future__ import annotations
