@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,8 +69,17 @@ def divergence(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], whe
         UserError: if the logits were never computed.
     """
     if "logits" not in student:
-        what = "the head's logits are never computed: another technique joins head and loss."
-        raise UserError(what, where, "Drop it (fused_loss), or leave this at 0.")
+        refuse_joined_head(where)
     wanted = F.log_softmax(teacher["logits"].float(), -1)
     rows = F.kl_div(F.log_softmax(student["logits"].float(), -1), wanted, reduction="none", log_target=True).sum(-1)
     return (rows * (student["targets"] != -100)).sum() if "targets" in student else rows.sum()
+
+
+def refuse_joined_head(where: str) -> NoReturn:
+    """Say that there are no logits to compare.
+
+    Raises:
+        UserError: always.
+    """
+    what = "the head's logits are never computed: another technique joins head and loss."
+    raise UserError(what, where, "Drop it (fused_loss), or leave this at 0.")

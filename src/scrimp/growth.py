@@ -54,6 +54,26 @@ def halved(total: int, points: int) -> tuple[int, ...]:
     return tuple(total >> n for n in range(points, -1, -1))
 
 
+def origins(old: int, new: int, order: str) -> list[int]:
+    """Of which of the old blocks each new one is a copy; `stack` puts copies on top, `interleave` by the originals."""
+    return [i % old if order == "stack" else i * old // new for i in range(new)]
+
+
+def added(old: int, new: int, order: str) -> list[int]:
+    """Which of the new blocks are copies beside an original."""
+    origin = origins(old, new, order)
+    return [i for i, o in enumerate(origin) if o in origin[:i]]
+
+
+def empty_outputs(rest: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a block is zero where the block begins as the identity; never masks, which would stay so.
+
+    Args:
+        rest: of its name, within the block.
+    """
+    return rest.rpartition(".")[0] in OUTPUTS and tensor.is_floating_point()
+
+
 def check_identity(block: nn.Module, where: str) -> None:
     """Whether zeros in the last layers of a block's branches make it the identity.
 

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
+from scrimp.groups import Multipliers, trainable
 from scrimp.models.layers import MLP, Attention, CrossAttention, Embedding, Norm
 from scrimp.models.seams import Linear, blocks
 
@@ -154,6 +155,13 @@ class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Of no dimension, so that it takes part in half precision without widening x.
         return x * self.alpha
+
+
+def undecayed(groups: dict[str, Multipliers], run: Run, pattern: str, lr: float) -> dict[str, Multipliers]:
+    """Groups with a rate of their own and no decay for the numbers of a pattern, where scales are trained."""
+    if not any(name.endswith("_scale.alpha") for name in trainable(run.model)):
+        return groups
+    return groups | {pattern: groups.get(pattern, Multipliers()).times(Multipliers(lr, 0.0))}
 
 
 def folded(named: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

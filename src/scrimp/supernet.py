@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
-from scrimp.growth import OUTPUTS, block_names, deepened
+from scrimp.growth import added, block_names, deepened, empty_outputs, lists_of_blocks, origins
 from scrimp.meter import flops_per_token
 from scrimp.models.seams import wrap_forward
 
 if TYPE_CHECKING:
-    from scrimp.technique import Batch, State
+    from scrimp.technique import State
 
 WIDEST: Final = 3
 """Depths, and lengths, that a search compares at most."""
@@ -81,17 +81,6 @@ def choose(losses: Sequence[float], times: Sequence[float]) -> tuple[int, float]
     return best, w
 
 
-def origins(old: int, new: int, order: str) -> list[int]:
-    """Of which of the old blocks each new one is a copy."""
-    return [i % old if order == "stack" else i * old // new for i in range(new)]
-
-
-def added(old: int, new: int, order: str) -> list[int]:
-    """Which of the new blocks are copies beside an original."""
-    origin = origins(old, new, order)
-    return [i for i, o in enumerate(origin) if o in origin[:i]]
-
-
 def active(small: int, whole: int, depth: int, order: str) -> list[int]:
     """Which blocks of a supernet run at a depth: the small model's own, and as many of the others as it takes, evenly.
 
@@ -113,21 +102,18 @@ def flops(model: nn.Module, layers: Sequence[nn.Module], depth: int, length: int
     return tokens * (rest + depth * (6 * block + attention))
 
 
-def mark(model: nn.Module, found: Mapping[str, nn.Module], where: str) -> nn.ModuleList | nn.Sequential:
-    """The list that the blocks are in, marked so that it is found again once it is cut to a few.
+def mark(model: nn.Module, where: str) -> tuple[str, int]:
+    """Mark the list that the blocks are in, so that it is found again once it is cut to a few: its path and length.
 
     Raises:
-        UserError: if there are several lists, or names that are no numbers.
+        UserError: if there are several lists, or blocks that are not numbered.
     """
-    names = list(found)
-    path = names[0].rpartition(".")[0]
-    if len({name.rpartition(".")[0] for name in names}) > 1:
+    lists = lists_of_blocks(model, "*", where)
+    if len(lists) > 1:
         raise UserError("the model has several lists of blocks.", where, "Use a model with one, such as a decoder.")
-    if names != [f"{path}.{i}".lstrip(".") for i in range(len(names))]:
-        raise UserError(f"the blocks {names[:3]} are not numbered from 0.", where, "Put them into an nn.ModuleList.")
-    layers: Any = model.get_submodule(path)
-    layers.whole_depth = len(names)
-    return layers
+    [(path, depth)] = lists.items()
+    model.get_submodule(path).whole_depth = depth  # type: ignore[assignment]
+    return path, depth
 
 
 def marked(model: nn.Module) -> tuple[str, Sequence[nn.Module], int]:
@@ -170,7 +156,10 @@ def follow(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay:
 
 
 def grown(state: State, path: str, old: int, new: int, how: Growth) -> State:
-    """A state with copies of blocks: of their moving averages where there are any."""
+    """A state with copies of blocks: of their moving averages where there are any.
+
+    Weights that are zero stay zero: averages remember what was pruned.
+    """
     if old >= new:
         return state
     origin, copies = origins(old, new, how.order), added(old, new, how.order)
@@ -180,8 +169,8 @@ def grown(state: State, path: str, old: int, new: int, how: Growth) -> State:
         moments = kind.startswith("optimizer.")
         for name, rest in in_copies(tensors, path, copies).items():
             if kind == "model" and name in averages:
-                tensors[name] = averages[name].to(tensors[name].dtype)
-            if (moments and how.reset) or (not moments and how.zero and rest.rpartition(".")[0] in OUTPUTS):
+                tensors[name] = averages[name].to(tensors[name].dtype) * (tensors[name] != 0)
+            if how.reset if moments else (how.zero and empty_outputs(rest, tensors[name])):
                 tensors[name] = torch.zeros_like(tensors[name])
     return dict(made)
 
@@ -191,13 +180,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def shortened(batch: Batch, context: int, length: int) -> Batch:
-    """The beginnings of what has the context's length."""
-    if length == context:
-        return batch
-    return {n: t[:, :length].contiguous() if t.ndim > 1 and t.shape[1] == context else t for n, t in batch.items()}
 
 
 @dataclass(frozen=True)

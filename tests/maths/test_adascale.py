@@ -153,5 +153,8 @@ def test_what_it_refuses_and_remarks() -> None:
         run_of(recipe(example("adascale"), example("sam")))
     with pytest.raises(RecipeError, match="both set the parts of a batch"):
         run_of(recipe(example("adascale"), example("accumulate")))
+    for other in ("lottery", "early_bird"):
+        with pytest.raises(RecipeError, match="both set the schedule's time"):
+            run_of(recipe(example("adascale"), example(other)))
     assert any("under AdamW" in remark for remark in run_of(recipe(example("adascale"), example("adamw"))).remarks)
     assert not run_of(recipe(example("adascale"))).remarks

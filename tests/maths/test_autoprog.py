@@ -273,6 +273,26 @@ def test_states_of_copies_may_begin_anew() -> None:
     assert [bool(after[kind.format(i)].any()) for i in range(4)] == [True, False, True, False]
 
 
+@pytest.mark.parametrize("zero_new", [False, True])
+def test_masks_of_copies_are_those_of_their_originals_and_hold_at_once(zero_new: bool) -> None:
+    technique, rules = AutoProg(**EVENLY, zero_new=zero_new), [example("static_sparse", params="*.mlp.*")]
+    small = staged(technique, 1, [[2, 8]], rules=rules)
+    for _ in range(3):
+        step(small)
+    # As an average that began before a weight was pruned.
+    for name, average in small.memories["autoprog"].items():
+        if name.endswith("mlp.down.weight"):
+            average += 1
+    big = staged(technique, 2, [[2, 8]], small.state(), rules=rules)
+    masks = big.memories["static_sparse"]
+    for i, origin in enumerate([0, 0, 1, 1]):
+        name = "blocks.{}.mlp.down.weight"
+        mask, weight = masks[f"{name.format(i)}#mask"], big.model.get_parameter(name.format(i))
+        assert torch.equal(mask, small.memories["static_sparse"][f"{name.format(origin)}#mask"]), i
+        assert not weight[~mask].any(), i
+        assert bool(weight.any()) == (not zero_new or i in (0, 2)), i
+
+
 def _reopened(folder: Path, copy: Path) -> Path:
     """A copy of a run's folder; its recipe names the tests' own data set, which is handed over opened instead."""
     shutil.copytree(folder, copy)

@@ -282,3 +282,14 @@ def test_a_clock_knows_nothing_of_it() -> None:
     again = build(run.recipe, run.data, clock, decisions=decisions)
     assert again.model.get_parameter("blocks.3.mlp.up.weight").shape[1] == 32
     assert not coefficients(again.model)
+
+
+def test_shares_that_cut_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match="less than one of each"):
+        run_of(recipe(example("early_bird", heads=0.3, neurons=0.0)))
+    run_of(recipe(example("early_bird", heads=0.5, neurons=0.0)))
+
+
+def test_a_search_too_short_to_compare_masks_is_remarked() -> None:
+    said = [run_of(recipe(example("early_bird", distance=0.1, until=f"{n} step"))).remarks for n in (4, 5)]
+    assert [any("compares 5" in remark for remark in remarks) for remarks in said] == [True, False]

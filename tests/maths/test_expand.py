@@ -122,6 +122,28 @@ def test_the_product_of_balanced_factors_moves_by_the_rule_of_arora(depth: int, 
     assert float((moved + eta * gradient).norm() / rule.norm()) > 0.1, "plain descent moves elsewhere"
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_the_first_step_from_the_identity_is_that_of_the_docstring(shape: tuple[int, int]) -> None:
+    outputs, inputs = shape
+    layer = Linear(inputs, outputs, bias=False).double()
+    torch.nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(3))
+    factors, eta = Factors(layer, 2, 1.0), 1e-6
+    with torch.no_grad():
+        for p in factors.parameters():
+            p.copy_(torch.eye(*p.shape))
+    whole = factors(layer.weight)
+    whole.retain_grad()
+    whole.tanh().square().sum().backward()
+    w, gradient = layer.weight.detach().clone(), whole.grad
+    assert gradient is not None
+    with torch.no_grad():
+        for p in (layer.weight, *factors.parameters()):
+            p -= eta * p.grad  # type: ignore[operator]
+        moved = factors(layer.weight) - w
+    more = gradient @ w.T @ w if outputs <= inputs else w @ w.T @ gradient
+    torch.testing.assert_close(moved, -eta * (gradient + more), rtol=1e-4, atol=1e-12)
+
+
 def test_factors_that_are_added_do_not_decay() -> None:
     run = run_of(recipe(example("adamw", weight_decay=0.1), Expand()))
     assert run.optimizer

@@ -27,8 +27,8 @@ FACTORS: dict[str, list[tuple[str, float]]] = {
     "causal-lm": branches(8),
     "masked-lm": branches(8),
     "classify, images": [*branches(8), (r"head\.weight", 0.0)],
-    "seq2seq": [*branches(8, r"encoder\."), *branches(12, r"decoder\.")],
-    "masked-image": [*branches(2, r"decoder\."), *branches(8), (r"decoder\.predict\.weight", 0.0)],
+    "seq2seq": branches(8 + 12, r"(en|de)coder\."),
+    "masked-image": [*branches(8 + 2, r"(decoder\.)?"), (r"decoder\.predict\.weight", 0.0)],
     "contrastive": branches(8, r"(text|image)\."),
 }
 

@@ -47,6 +47,17 @@ def test_the_same_batch_changes_nothing() -> None:
     assert_equal(flat(base.run.state()), flat(tried.run.state()))
 
 
+def test_the_linear_rule_under_another_update_rule_is_remarked() -> None:
+    def said(*rules: Technique, **settings: Any) -> bool:
+        remarks = run_of(recipe(*rules, example("linear_scaling", **settings))).remarks
+        return any("for AdamW try `rule: sqrt`" in remark for remark in remarks)
+
+    assert said(example("adamw"), base=1)
+    assert not said(example("adamw"), base=1, rule="sqrt")
+    assert not said(example("adamw"), base=4)
+    assert not said(base=1)
+
+
 def test_the_decay_of_a_rule_is_not_scaled() -> None:
     run = run_of(recipe(example("adamw"), example("linear_scaling", base=1, warmup=0)))
     plain = run_of(recipe(example("adamw")))

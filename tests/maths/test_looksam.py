@@ -31,7 +31,7 @@ class Trial:
 
     def __init__(self, **settings: Any) -> None:
         self.model, self.calls, self.memory = Quadratic(), 0, dict[str, Tensor]()
-        self.clock = SimpleNamespace(step=0)
+        self.clock = SimpleNamespace(step=0, position=0, begun=0)
         run: Any = SimpleNamespace(model=self.model, clock=self.clock, memory=lambda technique: self.memory)
         self.backward = example("looksam", **settings).backward(self.inner, run)
 
@@ -43,7 +43,7 @@ class Trial:
 
     def gradient(self, at: int) -> list[Tensor]:
         """What a step at this number leaves, of a and b."""
-        self.clock.step = at
+        self.clock.step = self.clock.position = at
         self.backward({}, torch.tensor(1))
         found = [p.grad for p in (self.model.a, self.model.b)]
         self.model.zero_grad()
@@ -83,6 +83,14 @@ def test_other_steps_lean_by_alpha_of_the_gradients_size() -> None:
 def test_before_the_first_second_pass_nothing_is_added() -> None:
     trial = Trial(rho=0.5, k=3)
     assert torch.equal(torch.cat(trial.gradient(1)), A)
+
+
+def test_a_stage_begins_with_a_second_pass() -> None:
+    trial = Trial(rho=0.5, k=3)
+    trial.clock.begun = 4
+    trial.gradient(4)
+    assert trial.calls == 2
+    assert trial.memory["a"].any()
 
 
 @pytest.mark.parametrize("k", [2, 3, 5])

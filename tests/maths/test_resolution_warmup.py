@@ -148,3 +148,5 @@ def test_what_reads_no_images_is_refused() -> None:
         run_of(of_task("masked-image", ResolutionWarmup(start=0.1)))
     with pytest.raises(UserError, match="above 0 and at most 1"):
         ResolutionWarmup(start=0.0)
+    with pytest.raises(UserError, match="is the whole side"):
+        run_of(of_task("classify, images", ResolutionWarmup(start=0.9)))

@@ -153,6 +153,23 @@ def test_grasp_is_minus_w_times_the_hessian_times_the_gradient() -> None:
     torch.testing.assert_close(found, -w * (hessian @ gradient), rtol=0, atol=1e-12)
 
 
+def test_grasp_is_half_of_how_much_the_squared_gradient_rises_without_a_weight() -> None:
+    weights, loss = net(torch.Generator().manual_seed(3))
+    leaves = [nn.Parameter(w.detach()) for w in weights]
+    score, small = grasp([lambda: loss(*leaves)], leaves)[0].flatten(), 1e-6
+
+    def squared(first: Tensor) -> float:
+        grads = torch.autograd.grad(loss(first, leaves[1]), [first, leaves[1]])
+        return float(sum(g.square().sum() for g in grads))
+
+    whole = leaves[0].detach()
+    for i in range(whole.numel()):
+        less = whole.clone().flatten()
+        less[i] *= 1 - small
+        rise = squared(less.view(4, 5).requires_grad_()) - squared(whole.clone().requires_grad_())
+        assert rise / small == pytest.approx(2 * float(score[i]), rel=1e-3, abs=1e-6)
+
+
 def test_removing_the_largest_of_grasp_keeps_more_of_the_gradient_than_removing_the_smallest() -> None:
     norms: dict[bool, float] = {True: 0.0, False: 0.0}
     for seed in range(8):
@@ -258,6 +275,22 @@ def test_the_density_is_constant_and_moments_of_pruned_weights_are_zero(name: st
 
 
 @pytest.mark.parametrize("name", MOVING)
+def test_masks_that_will_never_move_are_remarked(name: str) -> None:
+    said = [run_of(recipe(example(name, interval=f"{n} step", until=0.5))).remarks for n in (3, 4)]
+    assert [any("never exchanges" in remark for remark in remarks) for remarks in said] == [False, True]
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_remembered_direction_revives_no_pruned_weight(name: str) -> None:
+    """LookSAM keeps one of an exchange's dense gradients, and adds it after gradients are masked."""
+    parts = example(name, density=0.1, until=1.0), example("looksam", k=2, rho=0.5), example("adamw")
+    run = run_of(recipe(*parts, dtype="float64"))
+    for _ in range(5):
+        step(run)
+        assert_masked(run, name)
+
+
+@pytest.mark.parametrize("name", MOVING)
 def test_growth_alone_leaves_the_outputs_as_they_are(name: str) -> None:
     """Without the drop: the weights that stay are bit-identical, and new ones are zero."""
     run = run_of(recipe(example(name, density=0.1, until=1.0), example("sgd", lr=0.0), dtype="float64"))
@@ -352,6 +385,22 @@ def test_survivors_go_back_bit_for_bit_and_the_smallest_are_gone(rewind: float) 
     same = [torch.equal(first[n], seen[1][1][f"memory.lottery/{n}{REWIND}"]) for n in first]
     assert all(same) if rewind == 0 else not all(same)
     assert_masked(seen[-1][0], "lottery")
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp", "lottery"])
+def test_blocks_that_do_not_divide_are_refused_at_the_start(name: str) -> None:
+    with pytest.raises(UserError, match=rf"techniques\.{name}\.pattern: .* does not divide into parts of 5"):
+        run_of(recipe(example(name, pattern="5x5")))
+
+
+def test_a_first_layer_with_too_many_weights_is_told_with_its_technique() -> None:
+    with pytest.raises(UserError, match=r"techniques\.static_sparse: the first layer alone"):
+        run_of(recipe(example("static_sparse", allocation="first_dense", density=0.01)))
+
+
+def test_a_density_without_rounds_is_refused() -> None:
+    with pytest.raises(UserError, match="0 rounds prune nothing"):
+        Lottery(rounds=0, density=0.1)
 
 
 def test_the_density_of_the_end_can_be_asked_for() -> None:

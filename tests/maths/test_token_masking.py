@@ -384,3 +384,9 @@ def test_a_model_that_drops_already_is_told() -> None:
     with pytest.raises(UserError, match="leaves hidden patches out already.*drop: false"):
         run_of(replace(made, model=replace(made.model, drop=True)))
     assert made.data == Memory(MASKED)
+
+
+def test_a_share_of_the_tokens_that_rounds_to_all_is_refused() -> None:
+    with pytest.raises(UserError, match="are all of them"):
+        run_of(recipe(example("token_drop", keep=0.6)))
+    run_of(recipe(example("token_drop", keep=0.6, multiple=2)))

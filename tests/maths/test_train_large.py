@@ -198,7 +198,16 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="would be narrower"):
         run_of(made_for("two_towers", TrainLarge(heads=2.0)))
     assert "no weights to freeze" in clash(TrainLarge(), example("lora"))
-    run = run_of(recipe(TrainLarge(distill=1.0, until="4 step"), example("fused_loss")))
-    after, _ = crossed(run)
     with pytest.raises(UserError, match="logits are never computed"):
-        step(after)
+        run_of(recipe(TrainLarge(distill=1.0, until="4 step"), example("fused_loss")))
+
+
+def test_sizes_that_round_to_the_recipes_are_refused() -> None:
+    with pytest.raises(UserError, match=r"nothing is larger"):
+        run_of(recipe(TrainLarge(hidden=1.001, heads=1.4)))
+
+
+def test_a_wide_model_that_another_technique_changes_teaches_nothing() -> None:
+    with pytest.raises(UserError, match=r"changes the wide model \(`blocks.0.attention_norm"):
+        run_of(recipe(example("train_large", distill=0.5), example("t_fixup")))
+    run_of(recipe(example("train_large"), example("t_fixup")))

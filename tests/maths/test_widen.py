@@ -220,3 +220,9 @@ def test_settings() -> None:
 def test_a_neutral_schedule_changes_nothing() -> None:
     base, tried = (train(recipe(*more), save=False) for more in ((), (Widen(at=(), shares=(), heads=True),)))
     assert_equal(flat(base.run.state()), flat(tried.run.state()))
+
+
+def test_a_share_that_rounds_to_the_whole_is_refused() -> None:
+    with pytest.raises(UserError, match="is the whole width"):
+        run_of(recipe(example("widen", multiple=128, heads=False)))
+    run_of(recipe(example("widen", multiple=128, heads=True)))

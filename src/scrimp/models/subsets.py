@@ -18,6 +18,13 @@ def gathered(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
+def shortened(batch: dict[str, Tensor], context: int, length: int) -> dict[str, Tensor]:
+    """A batch with the beginnings of what has the context's length."""
+    if length == context:
+        return batch
+    return {n: t[:, :length].contiguous() if t.ndim > 1 and t.shape[1] == context else t for n, t in batch.items()}
+
+
 def scattered(x: Tensor, places: Tensor, new: Tensor) -> Tensor:
     """x [B, T, C] with the tokens at some places [B, K] replaced by those of new [B, K, C]; the others as they are."""
     return x.scatter(1, places[..., None].expand(-1, -1, x.shape[2]), new.to(x.dtype))

@@ -34,7 +34,7 @@ def densities(shapes: Mapping[str, tuple[int, int]], density: float, kind: str) 
         share = (density * total - sizes[first]) / rest if rest else -1.0
         if share <= 0:
             what = f"the first layer alone has more than {density:g} of the weights."
-            raise UserError(what, "allocation", "Use erk or uniform, or a higher density.")
+            raise UserError(what, "", "Set `allocation` to erk or uniform, or raise `density`.")
         return {first: 1.0, **dict.fromkeys(others, share)}
     raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
     dense: set[str] = set()

@@ -47,6 +47,15 @@ class Calendar:
         step = run.clock.step
         return step > 0 and step % self.interval == 0 and run.clock.position < self.until
 
+    def check(self, run: Run, technique: Technique) -> None:
+        """Say so where no step will ever exchange."""
+        first, last = self.interval * run.clock.per_step[run.clock.unit], min(self.until, run.clock.end)
+        if first >= last and not run.clock.stage:
+            run.remarks.append(
+                f"{technique.name} never exchanges weights: its first exchange would be after {self.interval} steps, "
+                f"and masks stay, or the run ends, after {last:,} {run.clock.unit}."
+            )
+
     def share(self, run: Run) -> float:
         """Share of a layer's weights that is exchanged now."""
         return cosine(self.first, self.last, run.clock.position / max(self.until, 1))

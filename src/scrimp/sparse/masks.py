@@ -147,12 +147,19 @@ def masked_backward(
 
 
 def masked_step(step: Step, run: Run, technique: Technique, weights: Mapping[str, nn.Parameter]) -> Step:
-    """Step, then zero the pruned weights. The density is reported from the first step on."""
+    """Step, then zero the pruned weights. The density is reported from the first step on.
+
+    What acts at another point than the weights may add to gradients that were masked, as looksam does with a direction
+    that it remembers; they are masked again.
+    """
     memory = run.memory(technique)
+    moved = any("gradient point" in t.card.sets for t in run.order.techniques)
     told = False
 
     def masked() -> bool:
         nonlocal told
+        if moved:
+            mask_gradients(memory, weights)
         updated = step()
         if updated:
             apply(memory, weights)

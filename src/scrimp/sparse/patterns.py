@@ -46,7 +46,7 @@ class Pattern:
             return cls(keep=int(groups[1]), group=int(groups[2]))
         raise UserError(f"`{text}` is no pattern.", "pattern", "Write weights, 4x4 for blocks, or 2:4 for groups.")
 
-    def check(self, name: str, shape: tuple[int, int]) -> None:
+    def check(self, name: str, shape: tuple[int, int], where: str) -> None:
         """Whether a matrix divides.
 
         Raises:
@@ -55,7 +55,7 @@ class Pattern:
         side = self.group or self.block
         if shape[1] % side or (not self.group and shape[0] % side):
             what = f"`{name}` of {shape[0]} x {shape[1]} does not divide into parts of {side}."
-            raise UserError(what, "pattern", "Choose other sizes, or a pattern of `params` without it.")
+            raise UserError(what, where, "Choose other sizes, or a pattern of `params` without it.")
 
 
 def pooled(score: Tensor, side: int) -> Tensor:

@@ -1,7 +1,7 @@
 """How much a weight matters to the loss, before it is trained.
 
 snip     |w g|           how much the loss changes when the weight goes, to first order
-grasp    -w (H g)        how much the norm of the gradient falls when the weight goes: the highest are removed
+grasp    -w (H g)        half of how much ||g||^2 rises when the weight goes, to first order: the highest are removed
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.draws import generator
-from scrimp.errors import UserError
-from scrimp.scoring.outputs import logits_and_targets, losses, squared_errors
+from scrimp.scoring.outputs import check_classes, logits_and_targets, losses, squared_errors
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -91,9 +90,7 @@ class Importance(Technique):
         """Choose, then go back through what was chosen."""
         if self.pool == 1:
             return backward
-        if not hasattr(run.task, "logits"):
-            what = "the task predicts no classes, whose probabilities this needs."
-            raise UserError(what, run.where(self), "Use it with classify, causal-lm, masked-lm or seq2seq.")
+        check_classes(run.task, run.where(self))
         memory = run.memory(self)
         memory["tau"] = torch.ones((), dtype=torch.float64)
 

@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from scrimp import supernet
 from scrimp.errors import UserError
 from scrimp.groups import trainable
-from scrimp.growth import block_names, check_identity, deepened
-from scrimp.models.seams import blocks
+from scrimp.growth import block_names, check_identity, cut, deepened
+from scrimp.models.subsets import shortened
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -108,12 +108,10 @@ class AutoProg(Technique):
         """Keep as many blocks as the largest candidate, or the choice, has."""
         if self.parts == 1:
             return model
-        found = blocks(model, run.where(self))
+        path, full = supernet.mark(model, run.where(self))
         if self.zero_new:
-            check_identity(next(iter(found.values())), run.where(self, "zero_new"))
-        layers = supernet.mark(model, found, run.where(self))
-        # Cut in place: the list may be an nn.Sequential that is called, or the model itself.
-        del layers[self._stage(run, len(found)).options[-1][0] :]
+            check_identity(model.get_submodule(f"{path}.0".lstrip(".")), run.where(self, "zero_new"))
+        cut(model, path, self._stage(run, full).options[-1][0])
         return model
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
@@ -175,7 +173,7 @@ class AutoProg(Technique):
             return batch
         stage = self._stage(run, supernet.marked(run.model)[2])
         turn = self._turns(run, stage)
-        return lambda step: supernet.shortened(batch(step), context, stage.options[turn(step)[0]][1])
+        return lambda step: shortened(batch(step), context, stage.options[turn(step)[0]][1])
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """While searching, note the loss of the step's candidate."""

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from scrimp.clock import Duration
 from scrimp.errors import UserError
-from scrimp.growth import cut, deepened, halved, lists_of_blocks, shallower, share_of
+from scrimp.growth import cut, deepened, halved, lists_of_blocks, origins, shallower, share_of
 from scrimp.models.seams import blocks, wrap_forward
+from scrimp.models.subsets import shortened
 from scrimp.technique import Card, Technique, at_least
 from scrimp.widths import hidden_units, narrow, rounded, widened
 
@@ -122,7 +123,7 @@ class CompoundGrow(Technique):
             if old > depth:
                 what = f"the weights to start from have {old} blocks in `{path}`, this stage has {depth}."
                 raise UserError(what, run.where(self), "Choose `depths` or `model.layers` that begin with as many.")
-            origin = [i % old for i in range(depth)]
+            origin = origins(old, depth, "stack")
             state = {kind: deepened(tensors, path, origin) for kind, tensors in state.items()}
         return widened(state, hidden_units(run.model), run.seed, self.noise, run.where(self))
 
@@ -137,10 +138,7 @@ class CompoundGrow(Technique):
         length = rounded(self._share(self.lengths, run), context, self.multiple)
         if length == context:
             return batch
-        return lambda step: {
-            name: t[:, :length].contiguous() if t.ndim > 1 and t.shape[1] == context else t
-            for name, t in batch(step).items()
-        }
+        return lambda step: shortened(batch(step), context, length)
 
 
 def _check_pooled(model: nn.Module, where: str) -> None:

@@ -68,9 +68,7 @@ class ResolutionWarmup(Technique):
         """The points at which images grow: at each the run is rebuilt, hence planned for its own size."""
         if self.start == 1:
             return ()
-        whole = Duration.parse(self.until)
-        parts = [Duration(whole.value * n / self.levels, whole.unit) for n in range(1, self.levels + 1)]
-        return tuple(part.value if part.unit == "run" else f"{part.value!r} {part.unit}" for part in parts)
+        return Duration.parse(self.until).evenly(self.levels)
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Read positions, and images, at the size of the stage."""
@@ -82,7 +80,11 @@ class ResolutionWarmup(Technique):
             fix = "Drop it, or use a model of images; length_warmup is its twin for sequences."
             raise UserError("the model reads no images.", run.where(self), fix)
         share = self.start + (1 - self.start) * run.clock.passed(self.stages()) / self.levels
-        whole, small = image // patch, min(image // patch, -(-round(share * image) // patch))
+        whole = image // patch
+        first, small = (min(whole, -(-round(s * image) // patch)) for s in (self.start, share))
+        if first == whole:
+            what = f"{self.start:g} of a side of {image} pixels, rounded up to patches of {patch}, is the whole side."
+            raise UserError(what, run.where(self, "start"), "Start smaller, or choose smaller patches.")
         if small == whole:
             return model
         self._check_masks(run, small**2)

@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from scrimp.clock import Duration
 from scrimp.errors import UserError
-from scrimp.growth import OUTPUTS, check_identity, cut, deepened, halved, lists_of_blocks, shallower, share_of
+from scrimp.growth import (
+    check_identity,
+    cut,
+    deepened,
+    empty_outputs,
+    halved,
+    lists_of_blocks,
+    origins,
+    shallower,
+    share_of,
+)
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -91,12 +101,12 @@ class Stack(Technique):
             if old > depth:
                 what = f"the weights to start from have {old} blocks in `{path}`, this stage has {depth}."
                 raise UserError(what, run.where(self), "Choose `depths` or `model.layers` that begin with as many.")
-            origin = [i % old if self.order == "stack" else i * old // depth for i in range(depth)]
+            origin = origins(old, depth, self.order)
             state = {kind: deepened(tensors, path, origin, self._zero(kind)) for kind, tensors in state.items()}
         return state
 
     def _zero(self, kind: str) -> Callable[[str, Tensor], bool]:
-        """Which tensors of copies are zeros; never masks, which would stay so."""
+        """Which tensors of copies are zeros."""
         if kind.startswith("optimizer."):
             return lambda rest, tensor: self.states == "reset"
-        return lambda rest, tensor: self.zero_new and rest.rpartition(".")[0] in OUTPUTS and tensor.is_floating_point()
+        return lambda rest, tensor: self.zero_new and empty_outputs(rest, tensor)

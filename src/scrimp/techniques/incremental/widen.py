@@ -81,10 +81,14 @@ class Widen(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Narrow the layers."""
         share = (*self.shares, 1.0)[run.clock.passed(self.at)]
-        for units in hidden_units(model, run.where(self)):
-            narrow(model, units, rounded(share, units.count, self.multiple))
-        for units in head_units(model, run.where(self, "heads")) if self.heads else ():
-            narrow(model, units, rounded(share, units.count, 1))
+        found = [(units, self.multiple) for units in hidden_units(model, run.where(self))]
+        found += [(units, 1) for units in (head_units(model, run.where(self, "heads")) if self.heads else ())]
+        first = min(self.shares, default=1.0)
+        if first < 1 and all(rounded(first, units.count, multiple) == units.count for units, multiple in found):
+            what = f"a share of {first:g}, rounded up to a multiple of {self.multiple}, is the whole width."
+            raise UserError(what, run.where(self, "shares"), "Lower `shares` or `multiple`.")
+        for units, multiple in found:
+            narrow(model, units, rounded(share, units.count, multiple))
         return model
 
     def carry(self, state: State, run: Run) -> State:

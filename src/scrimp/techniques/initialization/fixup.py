@@ -4,10 +4,10 @@
     other matrices of a branch:       Xavier uniform times L^(-1 / (2m - 2))
     branch(x) = alpha F(x + shift)    alpha = 1, shift = 0: trained numbers, learned ten times more slowly
 
-L counts the branches of a stack, not its blocks: two a block, three where it attends to an encoder. m counts the
-matrices that a branch multiplies in a row: query, key, value and output make 4 and L^(-1/6), an MLP has 2 and
-L^(-1/2), with a gate 3 and L^(-1/4). Paper: Zhang et al., "Fixup Initialization: Residual Learning Without
-Normalization", ICLR 2019, arXiv 1901.09321.
+L counts branches, not blocks: two a block, three where it attends to an encoder, and of an encoder and its decoder all
+together, as in the authors' code. m counts the matrices that a branch multiplies in a row: query, key, value and output
+make 4 and L^(-1/6), an MLP has 2 and L^(-1/2), with a gate 3 and L^(-1/4). Paper: Zhang et al., "Fixup Initialization:
+Residual Learning Without Normalization", ICLR 2019, arXiv 1901.09321.
 
 Saves: layer norms (their time and activations). Costs: an architecture without norms, which no other library loads
 and `scrimp export` refuses (the plain weights it would write have alpha and the shifts folded into the layers they
@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scrimp.groups import Multipliers, trainable
 from scrimp.models.seams import Linear
 from scrimp.normless import (
     Branch,
@@ -43,10 +42,12 @@ from scrimp.normless import (
     refuse_norms,
     stacks,
     take_out_norms,
+    undecayed,
 )
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
+    from scrimp.groups import Multipliers
     from scrimp.run import Run
     from scrimp.technique import State
 
@@ -92,7 +93,8 @@ class Fixup(Technique):
 
     def init(self, model: nn.Module, run: Run) -> nn.Module:
         """Weights by the formulas."""
-        factors = {name: value for stack in stacks(model) for name, value in _factors(stack).items()}
+        found = stacks(model)
+        factors = {name: value for stack in found for name, value in _factors(stack, _length(stack, found)).items()}
         if self.zero_head:
             factors |= dict.fromkeys(_heads(model), 0.0)
         fill(model, run.seed, self.name, lambda name, part: factors.get(name, 1.0))
@@ -104,10 +106,7 @@ class Fixup(Technique):
 
     def groups(self, groups: dict[str, Multipliers], run: Run) -> dict[str, Multipliers]:
         """A lower rate and no decay for the numbers, where they are trained."""
-        if not any(name.endswith("_scale.alpha") for name in trainable(run.model)):
-            return groups
-        own = groups.get(NUMBERS, Multipliers())
-        return groups | {NUMBERS: own.times(Multipliers(self.scale_lr, 0.0))}
+        return undecayed(groups, run, NUMBERS, self.scale_lr)
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Shifts into biases, then scales into the last layers. A layer without a bias gets one."""
@@ -148,9 +147,14 @@ def _inner(branch: Branch) -> dict[str, Linear]:
     return {f"{branch.path}.{branch.kind}.{name}": layer for name, layer in _linears(root)}
 
 
-def _factors(stack: Stack) -> dict[str, float]:
-    """Names of a stack's matrices -> their factors."""
-    count = len(stack.branches)
+def _length(stack: Stack, found: list[Stack]) -> int:
+    """L: branches of all stacks, where a decoder goes on from an encoder; of towers side by side each has its own."""
+    joined = found if any(other.path.rpartition(".")[2] == "decoder" for other in found) else [stack]
+    return sum(len(one.branches) for one in joined)
+
+
+def _factors(stack: Stack, count: int) -> dict[str, float]:
+    """Names of a stack's matrices -> their factors, of L branches."""
     found: dict[str, float] = {}
     for branch in stack.branches:
         layers = _inner(branch)

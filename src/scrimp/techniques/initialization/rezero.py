@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from scrimp.groups import Multipliers, trainable
-from scrimp.normless import Scale, fill, folded, like, put_scale, refuse_norms, take_out_norms
+from scrimp.normless import Scale, fill, folded, like, put_scale, refuse_norms, take_out_norms, undecayed
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
+    from scrimp.groups import Multipliers
     from scrimp.run import Run
     from scrimp.technique import State
 
@@ -74,10 +74,7 @@ class ReZero(Technique):
 
     def groups(self, groups: dict[str, Multipliers], run: Run) -> dict[str, Multipliers]:
         """No decay and a rate of their own for the scales, where they are trained."""
-        if not any(name.endswith("_scale.alpha") for name in trainable(run.model)):
-            return groups
-        own = groups.get("*_scale.alpha", Multipliers())
-        return groups | {"*_scale.alpha": own.times(Multipliers(self.scale_lr, 0.0))}
+        return undecayed(groups, run, "*_scale.alpha", self.scale_lr)
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Scales times the last layers."""

@@ -18,8 +18,9 @@ never passes: a gain below S then ends the run before its schedule, with the rat
 metrics.jsonl shows the gain and `progress`; set `scale` to the mean gain of a first run for one that ends with the run.
 Beyond T the schedule stays at its end. Of a batch of B samples the small run has B / S.
 
-Steps that are skipped take no time. What is clipped, is clipped after it was measured. Averages are clamped at 0, as
-single values may be negative; there is no other floor, since the gain does not depend on the scale of the loss.
+Where time begins anew in rounds (lottery, early_bird) there is no tau. Steps that are skipped take no time. What is
+clipped, is clipped after it was measured. Values below 0 are averaged as 0; there is no other floor, since the gain
+does not depend on the scale of the loss.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scrimp.groups import parts, trainable
+from scrimp.groups import other_than_sgd, trainable
 from scrimp.splitting import accumulated, check_parts, compared, smooth, split
 from scrimp.technique import Card, Technique, at_least
 
@@ -51,7 +52,7 @@ class AdaScale(Technique):
         claim="batch sizes beyond the limits of linear scaling, without harm on five tasks (abstract)",
         saves="the search for a learning rate and a warm-up when the batch grows",
         costs="the norm of every part's gradient",
-        sets=("learning rate scale", "parts of a batch"),
+        sets=("learning rate scale", "parts of a batch", "schedule's time"),
         refuses={"gradient point": "the gain is that of gradients at the weights themselves, not at a point nearby."},
         micro_batches=True,
         phase={"schedule": "time", "backward": "accumulated", "step": "updated"},
@@ -95,10 +96,9 @@ class AdaScale(Technique):
         """Step at r times the learning rate, and let r pass."""
         memory = self._memory(run)
         assert run.optimizer is not None
-        others = sorted({type(p).__name__ for p in parts(run.optimizer) if not isinstance(p, torch.optim.SGD)})
-        if others:
+        if others := other_than_sgd(run.optimizer):
             run.remarks.append(
-                f"adascale's gain is derived for SGD; under {' and '.join(others)} the rate it sets has no such ground."
+                f"adascale's gain is derived for SGD; under {others} the rate it sets has no such ground."
             )
 
         def scaled() -> bool:

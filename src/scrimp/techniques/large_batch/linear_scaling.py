@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from scrimp.clock import Duration
+from scrimp.groups import other_than_sgd
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -61,6 +62,11 @@ class LinearScaling(Technique):
     def schedule(self, factor: Callable[[float], float], run: Run) -> Callable[[float], float]:
         """progress before the step -> factor."""
         k = (run.recipe.batch / self.base) ** (1.0 if self.rule == "linear" else 0.5)
+        assert run.optimizer is not None
+        if self.rule == "linear" and k != 1 and (others := other_than_sgd(run.optimizer)):
+            run.remarks.append(
+                f"linear_scaling scales the rate by {k:.3g}, as is derived for SGD; for {others} try `rule: sqrt`."
+            )
         w = run.clock.share(self.warmup, "warm-up", run.where(self, "warmup"))
         if k <= 1 or w == 0:
             return lambda p: factor(p) * k

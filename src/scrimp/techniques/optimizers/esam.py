@@ -9,8 +9,8 @@ that e is sam's on average; the authors' code takes the tensors that are perturb
 
 Saves: against sam, 1 - gamma of the second forward and backward pass, and its activations. Costs: those passes, a copy
 of the weights, and the losses of single samples: two forward passes over the batch, one sample at a time, without
-gradients. Losses here are sums over a batch, so that the first pass does not tell them. On a processor this makes it
-slower than sam; on a GPU, too, unless single samples fill it. Not for: losses that compare the samples of a batch.
+gradients. Losses here are sums over a batch, so that the first pass does not tell them. On a CPU this makes it slower
+than sam; on a GPU too, unless single samples fill it. Not for: losses that compare the samples of a batch.
 
 The rise is that of a sample's share in the batch's summed loss. Which tensors are perturbed is a function of the seed
 and the step. With beta = gamma = 1 it is sam, to the last bit.

@@ -3,9 +3,10 @@
     every k steps:    g_s = grad L(w + rho g / ||g||),   g_v = g_s - (g_s . g / ||g||^2) g,   update with g_s
     other steps:      update with g + alpha ||g|| / ||g_v|| g_v                  g_v and norms of each tensor
 
-Paper: Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022, arXiv 2203.02714.
-g_v is the part of the sharpness-aware gradient that is orthogonal to the plain one, which changes slowly. The paper
-writes it for all weights together; as the authors' code does, it is taken apart tensor by tensor here.
+Paper: Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022, arXiv 2203.02714. g_v is
+the part of the sharpness-aware gradient that is orthogonal to the plain one, which changes slowly. The paper writes it
+for all weights together; as the authors' code does, it is taken apart tensor by tensor here. The first step of a stage
+makes a second pass too.
 
 Saves: most of sam's second passes: 1/k of them are left. Costs: what sam costs every k steps, and one more tensor a
 weight, g_v. Not for: short runs and the first steps of training, in which gradients turn fast: a stale direction of
@@ -67,7 +68,8 @@ class LookSAM(Technique):
         def perturbed(batch: Batch, count: Tensor) -> Tensor:
             loss = backward(batch, count)
             named = with_gradients(run)
-            if run.clock.step % self.k:
+            # A stage may begin with other weights or masks, of which no direction is known.
+            if run.clock.step % self.k and run.clock.position != run.clock.begun:
                 lean(named, memory, self.alpha)
                 return loss
             keep(named, memory)

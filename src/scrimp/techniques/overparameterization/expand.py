@@ -14,10 +14,11 @@ of N factors by
 
     dW_e = - eta sum over j = 1..N of [W_e W_e^T]^((N - j) / N)  grad  [W_e^T W_e]^((j - 1) / N)
 
-which no penalty's gradient is. Papers: Arora et al., "On the Optimization of Deep Networks: Implicit Acceleration by
-Overparameterization", ICML 2018, arXiv 1802.06509 (r = 1); Guo et al., "ExpandNets", NeurIPS 2020, arXiv 1811.10495
-(r = 4; theirs are compact networks of convolutions). For Transformers this is a reading of the survey's section, not a
-result of either paper.
+which no penalty's gradient is. Here factors begin unbalanced, with the identity: the first step of depth 2 at a ratio
+of 1 moves W_e by - eta (grad + grad W^T W), or by - eta (grad + W W^T grad) with the factor on the right. Papers: Arora
+et al., "On the Optimization of Deep Networks: Implicit Acceleration by Overparameterization", ICML 2018, arXiv
+1802.06509 (r = 1); Guo et al., "ExpandNets", NeurIPS 2020, arXiv 1811.10495 (r = 4; theirs are compact networks of
+convolutions). For Transformers this is a reading of the survey's section, not a result of either paper.
 
 Saves: steps, where it speeds up training; nothing in what is exported, which is the plain model. Costs: weights,
 gradients and states of the factors, and their product once a forward pass, which does not grow with the batch. Not for:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.clock import Duration
-from scrimp.distilling import Teacher, divergence, watched
+from scrimp.distilling import Teacher, divergence, refuse_joined_head, watched
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks
 from scrimp.slimming import (
@@ -102,8 +102,11 @@ class TrainLarge(Technique):
         if self._decided(run):
             return model
         wide = self._widened(model, run)
-        wide.__dict__[SIZES] = {path: (units(block), neurons(block)) for path, block in blocks(model).items()}
-        larger = blocks(wide)
+        sizes, larger = _sizes(model), blocks(wide)
+        if _sizes(wide) == sizes:
+            what = "rounded down to whole heads and neurons, nothing is larger than the recipe's model."
+            raise UserError(what, run.where(self), "Raise hidden, heads or layers.")
+        wide.__dict__[SIZES] = sizes
         for path, block in blocks(model).items():
             if unit_width(block) != unit_width(larger[path]):
                 what = f"with more heads those of `{path}` would be narrower."
@@ -140,9 +143,12 @@ class TrainLarge(Technique):
 
     def loss(self, loss: Loss, run: Run) -> Loss:
         """After the cut: the divergence from the wide model."""
+        where = run.where(self, "distill")
+        if self.distill and not self._decided(run):
+            self._check_teacher(run, where)
         if not self.distill or not self._decided(run):
             return loss
-        memory, where, like = run.memory(self), run.where(self, "distill"), next(run.model.parameters())
+        memory, like = run.memory(self), next(run.model.parameters())
         for name, shape in self._teacher_shapes(run).items():
             memory[TEACHER + name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         with torch.device("meta"):
@@ -158,6 +164,15 @@ class TrainLarge(Technique):
             return total + self.distill * divergence(small, wide, where)
 
         return distilled
+
+    def _check_teacher(self, run: Run, where: str) -> None:
+        """Whether there will be logits, and the wide model is what its options say, from which the teacher is built."""
+        if any("head loss" in technique.card.sets for technique in run.order.techniques):
+            refuse_joined_head(where)
+        other = {name for name, _ in run.model.named_parameters()} ^ self._teacher_shapes(run).keys()
+        if other:
+            what = f"another technique changes the wide model (`{min(other)}`), which then cannot be learned from."
+            raise UserError(what, where, "Drop that technique, or leave this at 0.")
 
     def _teacher_shapes(self, run: Run) -> dict[str, torch.Size]:
         with torch.device("meta"):
@@ -201,6 +216,11 @@ class TrainLarge(Technique):
 
     def _decided(self, run: Run) -> dict[str, Choice]:
         return run.decisions.get(run.order.key(self), {}).get("blocks", {})
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Path of each block -> its units and neurons."""
+    return {path: (units(block), neurons(block)) for path, block in blocks(model).items()}
 
 
 def importance(path: str, block: nn.Module, named: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class EarlyBird(Technique):
         claim="35 to 45% less training time at comparable performance on BERT (abstract)",
         saves="time and memory after the search",
         costs="the steps of the search, and capacity",
-        sets=("depth schedule", "width schedule", "sparsity"),
+        sets=("depth schedule", "width schedule", "sparsity", "schedule's time"),
         needs=("qkv", "proj", "up", "down"),
         refuses={"frozen weights": "Its coefficients train with the weights, and rewinding begins them anew."},
         phase={"model": "sizes", "carry": "rewind", "schedule": "rounds", "loss": "auxiliary", "export": "whole"},
@@ -114,6 +114,8 @@ class EarlyBird(Technique):
         found, left = blocks(model, run.where(self)), self._decided(run)
         for path, block in found.items():
             check(block, path, run.where(self))
+        self._check_cuts(list(found.values()), run, searching=not left)
+        for path, block in found.items():
             if left:
                 narrow(block, left[path])
                 continue
@@ -126,6 +128,24 @@ class EarlyBird(Technique):
             kept = f"{told[0]} heads and {told[1]} neurons"
             run.remarks.append(f"early_bird keeps {kept}; what is exported has zeros for the others.")
         return model
+
+    def _check_cuts(self, found: list[nn.Module], run: Run, searching: bool) -> None:
+        """Whether anything is cut, and whether the search can end before `until`."""
+        sizes = [neurons(block) for block in found]
+        of_neurons = sizes if self.ranked == "layerwise" else [sum(sizes)]
+        if not any(pruned(units(b), self.heads) for b in found) and not any(
+            pruned(n, self.neurons) for n in of_neurons
+        ):
+            what = (
+                f"shares of {self.heads:g} of the heads and {self.neurons:g} of the neurons are less than one of each."
+            )
+            raise UserError(what, run.where(self), "Raise heads or neurons.")
+        clock = run.clock
+        masks = clock.at(self.until) / clock.per_step[clock.unit] // clock.steps(self.every)
+        if searching and self.distance and masks < KEPT:
+            run.remarks.append(
+                f"early_bird draws {masks:.0f} masks until {self.until}, and compares {KEPT}: it searches until then."
+            )
 
     def carry(self, state: State, run: Run) -> State:
         """Out of the search: the first weights or the trained ones, cut."""

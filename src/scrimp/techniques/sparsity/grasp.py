@@ -2,7 +2,7 @@
 
     S = -w * (H g),   g = dL/dw,  H its Hessian;   REMOVE the weights with the largest S
 
-as S is, to first order, how much ||g||^2 falls when the weight goes. S has a sign: no magnitude is taken. Paper: Wang
+as 2 S is, to first order, how much ||g||^2 rises when the weight goes. S has a sign: no magnitude is taken. Paper: Wang
 et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020, arXiv 2002.07376.
 
 H g is exact, by differentiating twice, of the loss of the logits divided by a temperature, with dropout off. The
@@ -16,32 +16,21 @@ Costs: once, a backward pass through a backward pass, which keeps the activation
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from scrimp.errors import UserError
 from scrimp.models.seams import matching
-from scrimp.sparse.masks import (
-    MASK,
-    apply,
-    full,
-    masked_backward,
-    masked_evaluate,
-    masked_export,
-    masked_step,
-    prunable,
-    shapes,
-    size,
-)
-from scrimp.sparse.patterns import Pattern, best
+from scrimp.sparse.masks import masked_evaluate, masked_export, masked_step, prunable
+from scrimp.sparse.once import pruned_once
+from scrimp.sparse.patterns import Pattern
 from scrimp.sparse.scores import grasp, scored_batches
+from scrimp.splitting import split
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -100,23 +89,9 @@ class GraSP(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Score and prune before the run's first backward pass; mask the gradients."""
-        weights, pattern = prunable(run, self, self.params), Pattern.parse(self.pattern)
-        full(run, self, weights)
-        for name, shape in shapes(weights).items():
-            pattern.check(name, shape)
-        heads = self._heads(run)
-        masked = masked_backward(backward, run, self, weights)
-        # By the clock and not by a flag in memory, so that a plan sees one scoring.
-        scored = run.clock.step > 0 or (self.density == 1 and not pattern.group)
-
-        def after_scoring(batch: Batch, count: Tensor) -> Tensor:
-            nonlocal scored
-            if not scored:
-                scored = True
-                self._prune(run, batch, weights, heads, pattern)
-            return masked(batch, count)
-
-        return after_scoring
+        weights, heads = prunable(run, self, self.params), self._heads(run)
+        fix = "Use bfloat16, a lower temperature, or another initialization."
+        return pruned_once(backward, run, self, weights, lambda batch: self._scores(run, batch, weights, heads), fix)
 
     def _heads(self, run: Run) -> list[nn.Module]:
         """The modules whose outputs are logits."""
@@ -129,24 +104,12 @@ class GraSP(Technique):
             fix = f"{error.fix} Or set temperature to 1."
             raise UserError(error.what, run.where(self, "head"), fix.strip()) from None
 
-    def _prune(
-        self, run: Run, batch: Batch, weights: dict[str, nn.Parameter], heads: list[nn.Module], pattern: Pattern
-    ) -> None:
-        training = run.model.training
-        run.model.eval()
-        try:
-            with sdpa_kernel(SDPBackend.MATH), cooled(heads, self.temperature):
-                found = grasp(self._losses(run, batch), list(weights.values()))
-        finally:
-            run.model.train(training)
-        scores = {name: -s for name, s in zip(weights, found, strict=True)}
-        total = run.read(torch.stack([s.abs().sum() for s in scores.values()]).sum(), worst=1.0)
-        if not math.isfinite(total) or total == 0:
-            what = f"the scores of the weights sum to {total}, so that none can be told from another."
-            raise UserError(what, run.where(self), "Use bfloat16, a lower temperature, or another initialization.")
-        masks = best(scores, round(self.density * size(weights)), pattern, self.floor)
-        run.memory(self).update({name + MASK: mask for name, mask in masks.items()})
-        apply(run.memory(self), weights)
+    def _scores(
+        self, run: Run, batch: Batch, weights: dict[str, nn.Parameter], heads: list[nn.Module]
+    ) -> dict[str, Tensor]:
+        with sdpa_kernel(SDPBackend.MATH), cooled(heads, self.temperature):
+            found = grasp(self._losses(run, batch), list(weights.values()))
+        return {name: -s for name, s in zip(weights, found, strict=True)}
 
     def _losses(self, run: Run, first: Batch) -> list[Callable[[], Tensor]]:
         """The mean loss of every part of every scoring batch."""
@@ -158,9 +121,7 @@ class GraSP(Technique):
         found: list[Callable[[], Tensor]] = []
         for batch in scored_batches(run, first, self.batches):
             count = run.task.count(batch)
-            pieces = {name: value.tensor_split(min(self.parts, len(value))) for name, value in batch.items()}
-            for j in range(min(len(piece) for piece in pieces.values())):
-                found.append(partial(loss, {name: piece[j] for name, piece in pieces.items()}, count))
+            found += [partial(loss, piece, count) for piece in split(batch, self.parts)]
         return found
 
     def step(self, step: Step, run: Run) -> Step:

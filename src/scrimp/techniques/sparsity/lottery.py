@@ -13,10 +13,10 @@ it, durations are shares of a round. Moments of the optimizer and memories of ot
 round. Controls: `reinit` gives the survivors other values, `shuffle` keeps as many weights a layer in other places;
 both should do worse, or the tickets are none.
 
-Saves: nothing in training; the ticket is a sparse model that trains as well as the dense one, for hardware with sparse
-products. Costs: rounds + 1 trainings, a copy of the weights, and a mask. Not for: saving time, for which the
-other methods of this section were found, nor beside techniques with stages of their own, such as stack, with whose
-growth the rewinding to the first round's weights does not go.
+Saves: nothing in training; the ticket is a sparse model that, the papers find, can train as well as the dense one, for
+hardware with sparse products. Costs: rounds + 1 trainings, a copy of the weights, and a mask. Not for: saving time, for
+which the other methods of this section were found, nor beside techniques with stages of their own, such as stack, with
+whose growth the rewinding to the first round's weights does not go.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from scrimp.sparse.masks import (
     masked_export,
     masked_step,
     prunable,
+    shapes,
     size,
 )
 from scrimp.sparse.patterns import Pattern, best
@@ -66,7 +67,7 @@ class Lottery(Technique):
         section="Sparse training",
         saves="FLOPs of the ticket on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="rounds + 1 trainings; a copy of the weights",
-        sets=("sparsity", "depth schedule", "width schedule"),
+        sets=("sparsity", "depth schedule", "width schedule", "schedule's time"),
         phase={
             "carry": "rewind", "schedule": "rounds", "backward": "masked", "step": "masked", "evaluate": "masked",
             "export": "merged",
@@ -93,6 +94,8 @@ class Lottery(Technique):
     def __post_init__(self) -> None:
         at_least(0, self, "rounds")
         below_one(self, "fraction", "density", "rewind")
+        if self.density and not self.rounds:
+            raise UserError("0 rounds prune nothing, whatever the density.", "rounds", "Set it to 1 or more.")
         if Pattern.parse(self.pattern).group:
             raise UserError("groups such as 2:4 cannot be pruned in rounds.", "pattern", "Use weights or blocks.")
 
@@ -108,6 +111,8 @@ class Lottery(Technique):
     def carry(self, state: State, run: Run) -> State:
         """At the start of a round: prune, and go back."""
         weights = prunable(run, self, self.params)
+        for name, shape in shapes(weights).items():
+            Pattern.parse(self.pattern).check(name, shape, run.where(self, "pattern"))
         memory, current = full(run, self, weights), run.clock.passed(self.stages())
         for name, p in run.model.named_parameters():
             memory[name + REWIND] = p.detach().clone()

@@ -13,9 +13,9 @@ half a cosine over the whole run. It wants long intervals (the paper's code: 400
 exploration, the share of all prunable weights that were ever active, is logged.
 
 Saves: FLOPs and bytes on hardware with sparse products; no seconds on a CPU or GPU, where masks are stored dense.
-Costs: a sort of each layer's weights and gradients every interval, and that step's update. Not for: densities above
-0.2, where a random mask does as well. Gradients are the whole step's: all parts of an accumulated batch, unscaled. In a
-step that exchanges sam perturbs inactive weights too.
+Costs: a sort of each layer's weights and gradients every interval, and that step's update. Not for: densities at which
+a random mask (static_sparse) does as well. Gradients are the whole step's: all parts of an accumulated batch, unscaled.
+In a step that exchanges sam perturbs inactive weights too.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ class RigL(Technique):
         """Exchange weights when it is time; otherwise update, and mask the weights."""
         weights = prunable(run, self, self.params)
         calendar = self._calendar(run)
+        if self.density < 1:
+            calendar.check(run, self)
         masked = masked_step(step, run, self, weights)
         shown = False
 

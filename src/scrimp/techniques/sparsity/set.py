@@ -12,7 +12,8 @@ whole run. It wants long intervals (the paper's code: 1500 steps at a batch of 1
 before they are judged. The rate of exploration, the share of all prunable weights that were ever active, is logged.
 
 Saves: FLOPs and bytes on hardware with sparse products; no seconds on a CPU or GPU, where masks are stored dense.
-Costs: a sort of each layer's weights every interval. Not for: densities above 0.2, where a random mask does as well.
+Costs: a sort of each layer's weights every interval. Not for: densities at which a random mask (static_sparse)
+does as well.
 The exchange follows the update. The moments of dropped weights are zeroed, new ones begin at zero.
 """
 
@@ -93,6 +94,8 @@ class SET(Technique):
         """Update, mask the weights, and exchange some when it is time."""
         weights = prunable(run, self, self.params)
         calendar = self._calendar(run)
+        if self.density < 1:
+            calendar.check(run, self)
         masked = masked_step(step, run, self, weights)
         shown = False
 

@@ -16,26 +16,15 @@ A run that resumes has its masks. Weights that the first batches do not use scor
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from scrimp.errors import UserError
-from scrimp.sparse.masks import (
-    MASK,
-    apply,
-    full,
-    masked_backward,
-    masked_evaluate,
-    masked_export,
-    masked_step,
-    prunable,
-    shapes,
-    size,
-)
-from scrimp.sparse.patterns import Pattern, best
+from scrimp.sparse.masks import masked_evaluate, masked_export, masked_step, prunable
+from scrimp.sparse.once import pruned_once
+from scrimp.sparse.patterns import Pattern
 from scrimp.sparse.scores import scored_batches, snip
 from scrimp.technique import Card, Technique, at_least
 
@@ -85,42 +74,19 @@ class SNIP(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Score and prune before the run's first backward pass; mask the gradients."""
-        weights, pattern = prunable(run, self, self.params), Pattern.parse(self.pattern)
-        full(run, self, weights)
-        for name, shape in shapes(weights).items():
-            pattern.check(name, shape)
-        masked = masked_backward(backward, run, self, weights)
-        # By the clock and not by a flag in memory, so that a plan sees one scoring.
-        scored = run.clock.step > 0 or (self.density == 1 and not pattern.group)
+        weights = prunable(run, self, self.params)
+        fix = "Use bfloat16, a lower autocast.scale, or another initialization."
+        return pruned_once(backward, run, self, weights, lambda batch: self._scores(backward, run, batch, weights), fix)
 
-        def after_scoring(batch: Batch, count: Tensor) -> Tensor:
-            nonlocal scored
-            if not scored:
-                scored = True
-                self._prune(backward, run, batch, weights, pattern)
-            return masked(batch, count)
-
-        return after_scoring
-
-    def _prune(
-        self, backward: Backward, run: Run, batch: Batch, weights: dict[str, nn.Parameter], pattern: Pattern
-    ) -> None:
-        training = run.model.training
-        run.model.eval()
+    def _scores(
+        self, backward: Backward, run: Run, batch: Batch, weights: dict[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
         for scored in scored_batches(run, batch, self.batches):
             backward(scored, run.task.count(scored))
-        run.model.train(training)
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values()]
-        scores = dict(zip(weights, snip([w.detach() for w in weights.values()], grads), strict=True))
-        total = run.read(torch.stack([s.sum() for s in scores.values()]).sum(), worst=1.0)
-        if not math.isfinite(total) or total == 0:
-            what = f"the scores of the weights sum to {total}, so that none can be told from another."
-            raise UserError(what, run.where(self), "Use bfloat16, a lower autocast.scale, or another initialization.")
-        masks = best(scores, round(self.density * size(weights)), pattern, self.floor)
-        run.memory(self).update({name + MASK: mask for name, mask in masks.items()})
         for p in run.model.parameters():
             p.grad = None
-        apply(run.memory(self), weights)
+        return dict(zip(weights, snip([w.detach() for w in weights.values()], grads), strict=True))
 
     def step(self, step: Step, run: Run) -> Step:
         """Mask the weights."""

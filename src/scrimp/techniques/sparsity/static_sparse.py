@@ -5,8 +5,8 @@
 ERK allocation: arXiv 1707.04780, as used in Evci et al., "Rigging the Lottery", ICML 2020, arXiv 1911.11134.
 
 Saves: FLOPs and bytes on hardware with sparse products; no seconds on a CPU or GPU, where masks are stored dense.
-Costs: a pass over gradients and weights, and accuracy, far more than rigl's at densities below 0.1.
-Not for: use. It tells what a method that chooses its weights is worth. Biases are not pruned.
+Costs: a pass over gradients and weights, and accuracy, the more the lower the density.
+Not for: models that are to be used: it tells what a method that chooses its weights is worth. Biases are not pruned.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ Texts are not masked, and nothing is reconstructed. The class token and at least
 images, which the model has not been trained on: `tune` lets the last part of the run train on whole images.
 
 Saves: time and activations of the image tower, in proportion to what is hidden. Costs: patches that are not seen; a
-gap between training and validation. Not for: small images of few patches. The saving is the paper's when it is spent
-on more images, so compare at equal time as well as at equal images.
+gap between training and validation. Not for: small images of few patches. The paper spends the time that is saved on
+more images, so compare at equal time as well as at equal images.
 """
 
 from __future__ import annotations

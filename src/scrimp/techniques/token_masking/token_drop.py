@@ -79,9 +79,7 @@ class TokenDrop(Technique):
         """The points at which the share grows."""
         if self.keep == 1:
             return ()
-        whole = Duration.parse(self.until)
-        parts = [Duration(whole.value * n / self.levels, whole.unit) for n in range(1, self.levels + 1)]
-        return tuple(part.value if part.unit == "run" else f"{part.value!r} {part.unit}" for part in parts)
+        return Duration.parse(self.until).evenly(self.levels)
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Give the blocks between the first and the last of each list some of the tokens."""
@@ -92,6 +90,10 @@ class TokenDrop(Technique):
         if not chosen and not growing:
             what = "there are no middle layers: each list of blocks has fewer than three."
             raise UserError(what, run.where(self), "Drop it, or use a deeper model.")
+        context = getattr(run.data.train, "context", 0)
+        if 1 < context <= kept(context, self.keep, self.multiple):
+            what = f"{self.keep:g} of {context} tokens, rounded up to a multiple of {self.multiple}, are all of them."
+            raise UserError(what, run.where(self), "Lower `keep` or `multiple`.")
         share = self.keep + (1 - self.keep) * run.clock.passed(self.stages()) / self.levels
         run.log(self, keep=min(share, 1.0))
         for name, block in chosen.items() if share < 1 else ():
@@ -124,11 +126,16 @@ class Subset(nn.Module):
         if sample is None:
             raise ValueError("token_drop needs the samples' numbers: pass `sample` to the model.")
         tokens = x.shape[1]
-        # A billionth less, so that 0.1 of 80 tokens are 8 and not 16.
-        count = max(-(-int(-(-(self.share * tokens - 1e-9) // 1)) // self.multiple) * self.multiple, 1)
+        count = kept(tokens, self.share, self.multiple)
         if count >= tokens:
             return None
         return drawn(sample.to(x.device), self.key, tokens, count, min(self.first, count))
+
+
+def kept(tokens: int, share: float, multiple: int) -> int:
+    """How many tokens a share is, rounded up to a multiple; it may be more than all."""
+    # A billionth less, so that 0.1 of 80 tokens are 8 and not 16.
+    return max(-(-int(-(-(share * tokens - 1e-9) // 1)) // multiple) * multiple, 1)
 
 
 def middle(found: dict[str, nn.Module]) -> dict[str, nn.Module]:
