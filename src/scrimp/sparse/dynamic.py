@@ -47,6 +47,12 @@ class Calendar:
         step = run.clock.step
         return step > 0 and step % self.interval == 0 and run.clock.position < self.until
 
+    def remark(self, run: Run, technique: Technique) -> None:
+        """Tell of masks that would never move."""
+        if run.clock.position == 0 and run.clock.per_step[run.clock.unit] * self.interval >= self.until:
+            what = f"{technique.name} exchanges no weight: its first exchange, after {self.interval:,} steps,"
+            run.remarks.append(f"{what} is too late for this run. Set a shorter `interval`, or use static_sparse.")
+
     def share(self, run: Run) -> float:
         """Share of a layer's weights that is exchanged now."""
         return cosine(self.first, self.last, run.clock.position / max(self.until, 1))
