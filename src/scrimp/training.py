@@ -168,6 +168,7 @@ def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
 def _stages(begun: Begun, session: Session) -> Result:
     """All stages that are left. `begun` holds the last one's tensors until the next is built from them."""
     recipe, clock = begun.recipe, begun.clock
+    told: list[str] = []
     while True:
         last, source, begun.last, begun.source = begun.last, begun.source, None, None
         run = build(recipe, begun.data, clock, last, source, begun.decisions)
@@ -175,7 +176,9 @@ def _stages(begun: Begun, session: Session) -> Result:
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
         for remark in run.remarks:
-            session.observe("note", {"text": f"Note: {remark}"})
+            if remark not in told:
+                session.observe("note", {"text": f"Note: {remark}"})
+        told = run.remarks
         reason = session.ended or _stage(run, stage_end(run), session)
         if clock.done or reason != "finished":
             break

@@ -240,6 +240,16 @@ def test_a_cut_by_the_signal_is_resumed_bitwise(rewind: Any, cuts: tuple[int], t
         assert_equal(flat(whole.run.state()), flat(resumed.run.state()))
 
 
+def test_the_ticket_is_told_once() -> None:
+    notes: list[str] = []
+    technique = EarlyBird(heads=0.5, every="1 step", until="7 step", distance=2.0)
+    made = recipe(example("adamw"), technique)
+    result = train(made, data=TinyData().open(), save=False,
+                   observe=lambda e, f: notes.append(f["text"]) if e == "note" else None)  # fmt: skip
+    assert result.run.clock.cuts == [5, 7]
+    assert len([note for note in notes if "early_bird keeps" in note]) == 1
+
+
 def flops(run: Run) -> int:
     """Of a forward and backward pass."""
     assert run.backward

@@ -228,3 +228,9 @@ def test_what_it_refuses() -> None:
     example("layer_drop").wrap(model, run)
     with pytest.raises(UserError, match="does not map a tensor to one of the same shape"):
         model(torch.zeros(2, 3))
+
+
+def test_a_growing_model_may_begin_with_one_block() -> None:
+    stack = example("stack", at=("2 step",), depths=(1, 2))
+    result = train(recipe(stack, example("layer_drop"), model=MODEL | {"layers": 2}, duration="4 step"), save=False)
+    assert result.validation["loss"] > 0

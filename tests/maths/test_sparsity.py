@@ -508,3 +508,12 @@ def test_grasp_removes_the_largest_scores_of_the_first_batch() -> None:
     kept = torch.cat([scores[n][m] for n, m in masks_of(run, "grasp").items()])
     gone = torch.cat([scores[n][~m] for n, m in masks_of(run, "grasp").items()])
     assert kept.max() <= gone.min() + 1e-15
+
+
+@pytest.mark.parametrize("name", ["rigl", "set"])
+def test_masks_that_never_move_are_told(name: str) -> None:
+    late, soon = (run_of(recipe(example(name, density=0.5, interval=i, until="3 step"))) for i in ("3 step", "2 step"))
+    assert [remark for remark in late.remarks if f"{name} exchanges no weight" in remark]
+    assert not soon.remarks
+    with pytest.raises(UserError, match="interval must be more than 0"):
+        example(name, interval=0)

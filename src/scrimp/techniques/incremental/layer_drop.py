@@ -73,8 +73,10 @@ class LayerDrop(Technique):
             raise UserError(f"`{self.name}` {what}", run.where(self), "Use scrimp.train.")
         found = blocks(model, run.where(self))
         depth = depths(list(found))
-        if not any(place for place, _ in depth.values()):
-            raise UserError("no list has a second block, and the first is always kept.", run.where(self))
+        deep = any(place for place, _ in depth.values())
+        if not deep and not any("depth schedule" in t.card.sets for t in run.order.techniques):
+            what = "no list has a second block, and the first is always kept."
+            raise UserError(what, run.where(self), "Drop it, or use a deeper model.")
         if any(not getattr(block, "pre", True) for block in found.values()):
             what = "blocks with norms after their branches cannot be left out."
             raise UserError(what, run.where(self), "Set `model.norm_at: pre`, or drop `layer_drop`.")

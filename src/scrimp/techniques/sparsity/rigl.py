@@ -81,7 +81,8 @@ class RigL(Technique):
     """Pattern of the linear layers' weights to prune."""
 
     def __post_init__(self) -> None:
-        Duration.parse(self.interval, "interval")
+        if not Duration.parse(self.interval, "interval").value:
+            raise UserError("interval must be more than 0.", "", "For masks that stay, use static_sparse.")
         Duration.parse(self.until, "until")
         if not 0 < self.density <= 1:
             raise UserError(f"density must be above 0 and at most 1, not {self.density}.")
