@@ -513,7 +513,7 @@ def test_grasp_removes_the_largest_scores_of_the_first_batch() -> None:
 @pytest.mark.parametrize("name", ["rigl", "set"])
 def test_masks_that_never_move_are_told(name: str) -> None:
     late, soon = (run_of(recipe(example(name, density=0.5, interval=i, until="3 step"))) for i in ("3 step", "2 step"))
-    assert [remark for remark in late.remarks if f"{name} exchanges no weight" in remark]
+    assert [remark for remark in late.remarks if f"{name} never exchanges weights" in remark]
     assert not soon.remarks
     with pytest.raises(UserError, match="interval must be more than 0"):
         example(name, interval=0)
