@@ -156,7 +156,7 @@ class GraSP(Technique):
             return run.loss(run.model, part) / count
 
         found: list[Callable[[], Tensor]] = []
-        for batch in scored_batches(run, first, self.batches):
+        for batch in scored_batches(run, first, self.batches, run.where(self, "batches")):
             count = run.task.count(batch)
             pieces = {name: value.tensor_split(min(self.parts, len(value))) for name, value in batch.items()}
             for j in range(min(len(piece) for piece in pieces.values())):

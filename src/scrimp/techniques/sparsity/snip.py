@@ -107,7 +107,7 @@ class SNIP(Technique):
     ) -> None:
         training = run.model.training
         run.model.eval()
-        for scored in scored_batches(run, batch, self.batches):
+        for scored in scored_batches(run, batch, self.batches, run.where(self, "batches")):
             backward(scored, run.task.count(scored))
         run.model.train(training)
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values()]
