@@ -517,3 +517,10 @@ def test_masks_that_never_move_are_told(name: str) -> None:
     assert not soon.remarks
     with pytest.raises(UserError, match="interval must be more than 0"):
         example(name, interval=0)
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_scoring_more_batches_than_the_run_has_is_refused(name: str) -> None:
+    run = run_of(recipe(example(name, batches=5), duration="4 step"))
+    with pytest.raises(UserError, match="more than the 4 of the run"):
+        step(run)

@@ -13,13 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from scrimp.errors import UserError
+
 if TYPE_CHECKING:
     from scrimp.run import Run
     from scrimp.technique import Batch
 
 
-def scored_batches(run: Run, batch: Batch, count: int) -> list[Batch]:
-    """This step's batch and those of the next steps; of batches without values, the same again."""
+def scored_batches(run: Run, batch: Batch, count: int, where: str) -> list[Batch]:
+    """This step's batch and those of the next steps; of batches without values, the same again.
+
+    Raises:
+        UserError: if the run has fewer batches.
+    """
+    steps = run.clock.steps(1.0)
+    if count > steps:
+        raise UserError(f"{count:,} batches are more than the {steps:,} of the run.", where, "Lower `batches`.")
     if any(isinstance(value, FakeTensor) for value in batch.values()):
         return [batch] * count
     return [batch, *(run.batch(run.clock.step + i) for i in range(1, count))]

@@ -119,7 +119,7 @@ class GraSP(Technique):
             return run.loss(run.model, part) / count
 
         found: list[Callable[[], Tensor]] = []
-        for batch in scored_batches(run, first, self.batches):
+        for batch in scored_batches(run, first, self.batches, run.where(self, "batches")):
             count = run.task.count(batch)
             found += [partial(loss, piece, count) for piece in split(batch, self.parts)]
         return found

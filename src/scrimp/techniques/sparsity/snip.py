@@ -81,7 +81,7 @@ class SNIP(Technique):
     def _scores(
         self, backward: Backward, run: Run, batch: Batch, weights: dict[str, nn.Parameter]
     ) -> dict[str, Tensor]:
-        for scored in scored_batches(run, batch, self.batches):
+        for scored in scored_batches(run, batch, self.batches, run.where(self, "batches")):
             backward(scored, run.task.count(scored))
         grads = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values()]
         for p in run.model.parameters():
