@@ -7,7 +7,7 @@
 A decoder of about 3 million parameters on the library text of Python, with AdamW and a schedule that decays to zero at
 the run's own end. Each arm is trained for the same steps; `dense@ARM` is dense training for as many steps as fit into
 the arm's seconds, `small@dense` is the small model (of early_bird's sizes) in the dense run's seconds. Seconds are
-those of training steps: for each stage its median step times its steps, so that other processes' bursts do not count;
+the processor's, of training steps: for each stage its median step times its steps, so that other processes do not count;
 building stages and validation are not among them.
 
 `lp` is Arora et al.'s demonstration: linear regression with an l2 and an l4 loss, of which the second is said to gain
@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Final
@@ -103,10 +104,13 @@ def measured(arm: str, seed: int, steps: int, data: dict[str, Any]) -> dict[str,
         "validate": {"every": f"{steps} step", "batches": 32}, "sample": {"tokens": 0},
     }  # fmt: skip
     each: dict[int, list[float]] = defaultdict(list)
+    last = time.process_time()
 
     def see(event: str, fields: dict[str, Any]) -> None:
+        nonlocal last
         if event == "step":
-            each[fields["stage"]].append(fields["seconds"])
+            each[fields["stage"]].append(time.process_time() - last)
+        last = time.process_time()
 
     result = train(Recipe.read(raw), observe=see, save=False)
     if result.reason == "interrupted":

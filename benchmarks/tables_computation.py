@@ -14,6 +14,9 @@ SECTIONS = (
     "Incremental learning", "Token masking", "Importance sampling",
 )  # fmt: skip
 
+OWN = ("flip", "mae", "mass", "resolution_warmup")
+"""Techniques that train no language model."""
+
 
 def evidence(name: str) -> Any:
     """A file of `evidence/`; without rows where it was not measured."""
@@ -46,7 +49,7 @@ def computation() -> str:
         if entry.card.section in SECTIONS:
             card = entry.card
             lines.append([f"`{entry.name}`", _parity(parity.get(entry.name, [])), card.claim or "none read",
-                          _effect(measured.get((entry.name,))), f"saves {card.saves}; costs {card.costs}"])  # fmt: skip
+                          _effect(entry.name, measured.get((entry.name,))), f"saves {card.saves}; costs {card.costs}"])  # fmt: skip
     return table(["technique", "parity", "paper's claim", "measured", "card"], lines)
 
 
@@ -58,9 +61,9 @@ def _parity(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{library}: {difference:.0e}" for library, difference in worst.items()) or "equations only"
 
 
-def _effect(arm: dict[str, Any] | None) -> str:
+def _effect(name: str, arm: dict[str, Any] | None) -> str:
     if arm is None:
-        return "on its own task only"
+        return "on its own task only" if name in OWN else ""
     seen = arm["summary"]
     low, high = seen["interval"]
     p = f", p {seen['p']:.3f}" if seen.get("p") is not None else ""
