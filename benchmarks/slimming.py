@@ -6,9 +6,9 @@
 
 A decoder of about 3 million parameters on the library text of Python, with AdamW and a schedule that decays to zero at
 the run's own end. Each arm is trained for the same steps; `dense@ARM` is dense training for as many steps as fit into
-the arm's seconds, `small@dense` is the small model (of early_bird's sizes) in the dense run's seconds. Seconds are
-the processor's, of training steps: for each stage its median step times its steps, so that other processes do not count;
-building stages and validation are not among them.
+the arm's seconds, `small@dense` is the small model (of early_bird's sizes) in the dense run's seconds. Seconds are the
+processor's, of training steps: for each stage its median step times its steps, so that other processes do not count.
+Building stages and validation are not among them.
 
 `lp` is Arora et al.'s demonstration: linear regression with an l2 and an l4 loss, of which the second is said to gain
 from depth; for each depth the best of 17 learning rates after 3000 steps of gradient descent.

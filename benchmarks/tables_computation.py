@@ -48,8 +48,9 @@ def computation() -> str:
     for entry in sorted(catalogue().values(), key=lambda e: (e.card.section, e.name)):
         if entry.card.section in SECTIONS:
             card = entry.card
-            lines.append([f"`{entry.name}`", _parity(parity.get(entry.name, [])), card.claim or "none read",
-                          _effect(entry.name, measured.get((entry.name,))), f"saves {card.saves}; costs {card.costs}"])  # fmt: skip
+            effect = _effect(entry.name, measured.get((entry.name,)))
+            lines.append([f"`{entry.name}`", _parity(parity.get(entry.name, [])), card.claim or "none read", effect,
+                          f"saves {card.saves}; costs {card.costs}"])  # fmt: skip
     return table(["technique", "parity", "paper's claim", "measured", "card"], lines)
 
 
