@@ -55,7 +55,11 @@ def weights(model: nn.Module) -> Tensor:
 def ours(name: str, base: str, **settings: Any) -> list[Tensor]:
     model, inner = made()
     kind, rates = BASES[base]
-    optimizer, clock, memory = kind(model.parameters(), **rates), SimpleNamespace(step=0), dict[str, Tensor]()
+    optimizer, clock, memory = (
+        kind(model.parameters(), **rates),
+        SimpleNamespace(step=0, position=1, begun=0),
+        dict[str, Tensor](),
+    )
     run: Any = SimpleNamespace(model=model, clock=clock, memory=lambda technique: memory)
     backward = example(name, **settings).backward(lambda batch, count: inner(), run)
     path: list[Tensor] = []

@@ -169,7 +169,10 @@ class TrainLarge(Technique):
         """Whether there will be logits, and the wide model is what its options say, from which the teacher is built."""
         if any("head loss" in technique.card.sets for technique in run.order.techniques):
             refuse_joined_head(where)
-        other = {name for name, _ in run.model.named_parameters()} ^ self._teacher_shapes(run).keys()
+        config: Any = run.model.config
+        with torch.device("meta"):
+            plain = {name for name, _ in config.build().named_parameters()}
+        other = {name for name, _ in run.model.named_parameters()} ^ plain
         if other:
             what = f"another technique changes the wide model (`{min(other)}`), which then cannot be learned from."
             raise UserError(what, where, "Drop that technique, or leave this at 0.")
