@@ -50,20 +50,6 @@ class Duration:
             unit = "step"
         return cls(value, unit)
 
-    @staticmethod
-    def rising(points: Sequence[str | float], where: str) -> None:
-        """Check points of a run: those of one unit must follow each other.
-
-        Raises:
-            UserError: naming the first that does not.
-        """
-        last: dict[str, float] = {}
-        for point in points:
-            found = Duration.parse(point, where)
-            if found.value <= last.get(found.unit, -1.0):
-                raise UserError(f"the point `{point}` is not after the one before it.", where, "Give them in order.")
-            last[found.unit] = found.value
-
     def evenly(self, count: int) -> tuple[str | float, ...]:
         """The ends of so many equal parts, as durations from the start."""
         ends = [self.value * n / count for n in range(1, count + 1)]

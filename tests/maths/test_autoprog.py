@@ -397,8 +397,3 @@ def test_settings_are_checked() -> None:
     ):
         with pytest.raises(UserError):
             AutoProg(**settings)  # type: ignore[arg-type]
-
-
-def test_a_search_shorter_than_a_step_is_refused() -> None:
-    with pytest.raises(UserError, match="less than a step for each search"):
-        run_of(recipe(example("autoprog", parts=50)))

@@ -326,9 +326,3 @@ def test_zeroed_copies_of_a_decoder_keep_the_function() -> None:
 def test_a_pattern_of_no_list_is_refused() -> None:
     with pytest.raises(UserError, match=r"techniques\.stack\.stacks: `encoder` matches no list of blocks"):
         run_of(recipe(Stack(at=(0.5,), stacks="encoder")))
-
-
-def test_points_follow_each_other() -> None:
-    with pytest.raises(UserError, match=r"`0.2` is not after the one before it"):
-        example("stack", at=(0.5, 0.2))
-    assert example("stack", at=("3 step", 0.2)).stages() == ("3 step", 0.2)

@@ -265,12 +265,9 @@ class AutoProg(Technique):
 
     def _tell(self, run: Run, count: int) -> None:
         """Say how long a search is."""
-        steps = self.search / self.parts * run.clock.length / run.clock.per_step[run.clock.unit]
-        if steps < 1:
-            what = f"{self.parts} parts of this run leave less than a step for each search."
-            raise UserError(what, run.where(self, "parts"), "Set fewer parts, a larger `search`, or a longer run.")
-        if count > 1:
-            run.remarks.append(f"autoprog compares {count} candidates of depth and length in about {steps:.0f} steps.")
+        clock, points = run.clock, self.stages()
+        steps = (clock.at(points[clock.passed(points)]) - clock.begun) / clock.per_step[clock.unit]
+        run.remarks.append(f"autoprog compares {count} candidates of depth and length in about {steps:.0f} steps.")
 
     def _last(self, run: Run) -> bool:
         """Whether the model has its whole depth for good."""

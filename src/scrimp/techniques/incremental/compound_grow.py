@@ -75,7 +75,8 @@ class CompoundGrow(Technique):
     def __post_init__(self) -> None:
         at_least(0, self, "noise")
         at_least(1, self, "multiple")
-        Duration.rising(self.at, "at")
+        for point in self.at:
+            Duration.parse(point, "at")
         if self.depths and len(self.depths) != len(self.at) + 1:
             raise UserError(f"{len(self.at)} points need {len(self.at) + 1} depths, not {len(self.depths)}.", "depths")
         for name in ("hidden", "lengths"):

@@ -72,7 +72,8 @@ class Stack(Technique):
     """Start copies as the identity, so that growth keeps the function."""
 
     def __post_init__(self) -> None:
-        Duration.rising(self.at, "at")
+        for point in self.at:
+            Duration.parse(point, "at")
         if self.depths and len(self.depths) != len(self.at) + 1:
             raise UserError(f"{len(self.at)} points need {len(self.at) + 1} depths, not {len(self.depths)}.")
 

@@ -67,7 +67,8 @@ class Widen(Technique):
     def __post_init__(self) -> None:
         at_least(0, self, "noise")
         at_least(1, self, "multiple")
-        Duration.rising(self.at, "at")
+        for point in self.at:
+            Duration.parse(point, "at")
         if len(self.shares) != len(self.at):
             raise UserError(f"{len(self.at)} points need as many shares, not {len(self.shares)}.", "shares")
         if list(self.shares) != sorted(self.shares) or any(not 0 < share <= 1 for share in self.shares):
