@@ -42,13 +42,21 @@ def computation() -> str:
     """Every technique of the sections on computation and data: parity, claim, what was measured, what the card says."""
     from scrimp.registry import catalogue
 
-    measured = {tuple(arm["techniques"][-1:]): arm for arm in evidence("catalogue")["arms"]}
+    measured: dict[str, dict[str, Any]] = {}
+    for file in ("catalogue", "computation"):
+        found = evidence(file)
+        for arm in found.get("arms", ()):
+            if arm["kind"] == "alone":
+                steps = f"{found['recipe']['duration']}s, {len(found['seeds'])} seeds"
+                # Seconds of the second file are of a machine that others used, more for some arms than for others.
+                timed = {"timed": file == "catalogue", "steps": steps}
+                measured[arm["techniques"][-1]] = arm["summary"] | timed
     parity = evidence("parity").get("techniques", {})
     lines: list[list[str]] = []
     for entry in sorted(catalogue().values(), key=lambda e: (e.card.section, e.name)):
         if entry.card.section in SECTIONS:
             card = entry.card
-            effect = _effect(entry.name, measured.get((entry.name,)))
+            effect = _effect(entry.name, measured.get(entry.name))
             lines.append([f"`{entry.name}`", _parity(parity.get(entry.name, [])), card.claim or "none read", effect,
                           f"saves {card.saves}; costs {card.costs}"])  # fmt: skip
     return table(["technique", "parity", "paper's claim", "measured", "card"], lines)
@@ -62,13 +70,14 @@ def _parity(rows: list[dict[str, Any]]) -> str:
     return ", ".join(f"{library}: {difference:.0e}" for library, difference in worst.items()) or "equations only"
 
 
-def _effect(name: str, arm: dict[str, Any] | None) -> str:
-    if arm is None:
+def _effect(name: str, seen: dict[str, Any] | None) -> str:
+    if seen is None:
         return "on its own task only" if name in OWN else ""
-    seen = arm["summary"]
     low, high = seen["interval"]
     p = f", p {seen['p']:.3f}" if seen.get("p") is not None else ""
-    return f"loss {seen['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{p}; time {seen['time']:.2f}: {seen['verdict']}"
+    loss = f"loss {seen['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{p}"
+    time = f"; time {seen['time']:.2f}" if seen["timed"] else ""
+    return f"{loss}{time}: {seen['verdict']} ({seen['steps']})"
 
 
 def deep() -> str:
