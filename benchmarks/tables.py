@@ -227,6 +227,17 @@ def catalogue() -> str:
     return "\n".join([*lines, "", about])
 
 
+def sections() -> str:
+    """The techniques by section of the survey."""
+    from scrimp.registry import catalogue
+
+    found: dict[str, list[str]] = {}
+    for entry in catalogue().values():
+        found.setdefault(entry.card.section, []).append(f"`{entry.name}`")
+    lines = [f"| {section} | {', '.join(sorted(names))} |" for section, names in sorted(found.items())]
+    return "\n".join(["| section of the survey | techniques |", "|---|---|", *lines])
+
+
 def tasks() -> str:
     """What every technique does on every task; reasons are numbered."""
     rows = evidence("tasks")["rows"]
@@ -328,8 +339,11 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     "data": lambda: part_keys("data", "datasets"), "task": lambda: part_keys("task", "tasks"), "presets": presets,
     "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue, "thrifty": thrifty,
     "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "finetune": finetune,
-    "vision-results": vision, "task-runs": task_runs,
-    **{name: partial(other, "tables_data", name) for name in ("pruning", "crossing")},
+    "sections": sections, "vision-results": vision, "task-runs": task_runs,
+    **{name: partial(other, "tables_data", name) for name in ("pruning", "crossing", "importance")},
+    **{name: partial(other, "tables_computation", name.replace("-", "_"))
+       for name in ("computation", "optimizers", "deep", "sparsity", "slimming", "growth", "autoprog", "together",
+                    "token-masking")},
 }  # fmt: skip
 
 

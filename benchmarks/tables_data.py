@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,28 @@ def crossing() -> str:
     for which in ("hard", "easy", "random"):
         lines.append(f"| {which} | " + " | ".join(f"{row[which]:.3f}" for row in found.values()) + " |")
     return "\n".join(lines)
+
+
+def importance() -> str:
+    """Importance sampling against uniform batches."""
+    found = json.loads((ROOT / "evidence" / "importance.json").read_text())["rows"].values()
+    head = ["arm", "steps", "test error %", "held-out loss", "seconds", "tau", "steps that sampled"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm in ("uniform", "importance", "importance, always", "uniform, same seconds"):
+        rows = [seed[arm] for seed in found]
+        error, loss, seconds, steps = ([row[key] for row in rows] for key in ("error", "loss", "seconds", "steps"))
+        tau = [row["tau"] for row in rows if "tau" in row]
+        cells = [
+            arm, f"{statistics.mean(steps):.0f}",
+            f"{100 * statistics.mean(error):.1f} ± {100 * statistics.stdev(error):.1f}",
+            f"{statistics.mean(loss):.3f} ± {statistics.stdev(loss):.3f}", f"{statistics.mean(seconds):.1f}",
+            f"{statistics.mean(tau):.2f}" if tau else "",
+            f"{statistics.mean(row['sampling'] for row in rows):.0%}" if tau else "",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    by = {name: statistics.mean(seed["variance"][name] for seed in found) for name in ("uniform", "bound", "exact")}
+    about = (
+        "Variance of one item's gradient at the end of `uniform`, as a share of that of a uniform draw: by the bound "
+        f"{by['bound'] / by['uniform']:.2f}, by exact norms {by['exact'] / by['uniform']:.2f}. {len(found)} seeds."
+    )
+    return "\n".join([*lines, "", about])

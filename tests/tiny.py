@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scrimp.errors import UserError
 from scrimp.recipe import Recipe
 from scrimp.registry import technique_class
 from scrimp.run import Run, build
@@ -71,11 +73,42 @@ def example(name: str, **settings: Any) -> Technique:
     return kind(**{**kind.card.example, **settings})
 
 
+HOME = {"flip": "contrastive", "mae": "masked-image, mask tokens", "mass": "fragment"}
+"""Techniques of one task only -> that task's entry in `tiny_tasks.TINY`, where they are tried."""
+
+
+def homes(*names: str) -> set[str]:
+    """Entries of the tasks that some of these techniques need."""
+    return {HOME[name] for name in names if name in HOME}
+
+
+def home(*names: str) -> dict[str, Any]:
+    """Model, data and task on which these techniques are tried together: the first home among them, or tokens."""
+    from tiny_tasks import TINY, Memory
+
+    if not homes(*names):
+        return {"model": MODEL, "data": TinyData()}
+    entry = min(homes(*names))
+    return {"model": dict(TINY[entry].model), "data": Memory(entry), "task": TINY[entry].name or entry}
+
+
+@cache
+def at_home(*names: str) -> bool:
+    """Whether the home of one of these techniques takes the others: some tasks refuse some techniques."""
+    if len(homes(*names)) > 1:
+        return False
+    try:
+        run_of(recipe(*(example(name) for name in names))) if homes(*names) else None
+    except UserError:
+        return False
+    return True
+
+
 def recipe(*techniques: Technique, **settings: Any) -> Recipe:
     """A tiny recipe; SGD is its update rule when no technique sets one."""
     if not any("update rule" in t.card.sets for t in techniques):
         techniques = (*techniques, example("sgd"))
-    settings = {"model": MODEL, "data": TinyData(), "batch": 4, "duration": "8 step"} | settings
+    settings = home(*(t.name for t in techniques)) | {"batch": 4, "duration": "8 step"} | settings
     settings.setdefault("log", {"tensorboard": False})
     settings.setdefault("sample", {"tokens": 4})
     return Recipe(techniques=techniques, **settings)
@@ -97,6 +130,12 @@ def step(run: Run) -> None:
     run.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.clock.tick(run.recipe.batch, int(count))
+
+
+def keep(record: Any, technique: str, library: str, difference: float) -> None:
+    """Tell `benchmarks/parity.py` how far a technique is from a library's: `record` is pytest's record_property."""
+    for name, value in {"technique": technique, "library": library, "difference": difference}.items():
+        record(name, value)
 
 
 def flat(state: dict[str, Any]) -> dict[str, Tensor]:

@@ -110,6 +110,15 @@ TINY: dict[str, Tiny] = {
         images, {**VIT, "name": "masked_autoencoder", "decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2},
         ("images",), PICTURE,
     ),
+    "masked-image, mask tokens": Tiny(
+        images, {**VIT, "name": "masked_autoencoder", "decoder_layers": 1, "decoder_width": 16, "decoder_heads": 2,
+                 "drop": False},
+        ("images",), PICTURE, "masked-image",
+    ),
+    "fragment": Tiny(
+        lambda r, n: {"tokens": tokens(r, n, CONTEXT + 1)},
+        {**MODEL, "name": "encoder_decoder", "layers": 3, "decoder_layers": 1}, ("tokens",), TEXT,
+    ),
     "contrastive": Tiny(
         captioned, {**MODEL, "name": "two_towers", "patch": 8, "projection": 16}, ("images", "captions"),
         {**TEXT, **PICTURE},

@@ -50,6 +50,11 @@ class Duration:
             unit = "step"
         return cls(value, unit)
 
+    def evenly(self, count: int) -> tuple[str | float, ...]:
+        """The ends of so many equal parts, as durations from the start."""
+        ends = [self.value * n / count for n in range(1, count + 1)]
+        return tuple(end if self.unit == "run" else f"{end!r} {self.unit}" for end in ends)
+
     def __str__(self) -> str:
         return f"{self.value:g}" if self.unit == "run" else f"{self.value:.15g} {self.unit}"
 

@@ -163,6 +163,11 @@ def load_moments(
             part.state[p][moment] = value.to("cpu" if host else p.device, copy=True)
 
 
+def other_than_sgd(optimizer: Optimizer) -> str:
+    """Names of the rules inside an optimizer that are not SGD, in words; empty where all are."""
+    return " and ".join(sorted({type(p).__name__ for p in parts(optimizer) if not isinstance(p, torch.optim.SGD)}))
+
+
 def parts(optimizer: Optimizer) -> list[Optimizer]:
     """The rules inside an optimizer."""
     return [rule for part in optimizer.parts for rule in parts(part)] if isinstance(optimizer, Several) else [optimizer]

@@ -124,10 +124,18 @@ def continue_text(place: str | Path, prompt: str, tokens: int, temperature: floa
 
 
 def export(place: str | Path, out: str | Path) -> Path:
-    """Write a run as a Hugging Face folder, with what techniques added merged or removed."""
+    """Write a run as a Hugging Face folder, with what techniques added merged or removed.
+
+    Raises:
+        UserError: if a technique took the norms out, which every format has.
+    """
     from scrimp.models.hub import write
 
     run = open_run(place, corpus=False)
+    normless = [t.name for t in run.order.techniques if "normalization" in t.card.sets]
+    if normless:
+        what = f"`{normless[0]}` takes the norms out of the model, and no format of other libraries can say that."
+        raise UserError(what, str(place), "Use the run itself (`scrimp eval`, `scrimp generate`, `--from`).")
     prepares = getattr(run.data, "processor", None) or run.data.tokenizer
     labels = getattr(run.data, "labels", ())
     write(out, configured(run.recipe, run.data), exported(run), prepares, labels=labels)

@@ -153,8 +153,9 @@ def plan(
     decisions: dict[str, Any] = {}
     with pretended(ranks):
         while True:
-            dry = DryRun(local, target, data, clock, ranks)
-            stage, carried, decisions = dry.stage(carried, decisions)
+            dry = DryRun(local, target, data, clock, ranks, carried)
+            carried = None
+            stage, carried, decisions = dry.stage(decisions)
             found.stages.append(stage)
             if clock.done:
                 return found
@@ -194,6 +195,8 @@ class DryRun:
     data: Any
     clock: Clock
     ranks: int
+    carried: State | None
+    """What the last stage left; let go once the run is built from it, as training does."""
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
     trace: Trace = field(init=False)
 
@@ -202,14 +205,14 @@ class DryRun:
         cuda, described = self.target.device == "cuda", not torch.cuda.is_available()
         self.trace = Trace(on_cuda if cuda and described else rounded if cuda else lambda size, op, output: size)
 
-    def stage(self, carried: State | None, decisions: dict[str, Any]) -> tuple[StagePlan, State, dict[str, Any]]:
+    def stage(self, decisions: dict[str, Any]) -> tuple[StagePlan, State, dict[str, Any]]:
         """The stage's plan, and what the next one is built from.
 
         Raises:
             CannotPlanError: if the model decides by values.
         """
         trace, clock = self.trace, self.clock
-        run = self._built(carried, decisions)
+        run = self._built(decisions)
         begin, end = clock.position, stage_end(run)
         batch, tokens = self._largest_batch(run, end)
         cost = run.fold("price", Cost())
@@ -237,10 +240,16 @@ class DryRun:
         decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
         return planned, state, decisions
 
-    def _built(self, carried: State | None, decisions: dict[str, Any]) -> Run:
-        trace = self.trace
+    def _built(self, decisions: dict[str, Any]) -> Run:
+        trace, carried = self.trace, self.carried
+        self.carried = None
         with self.mode, trace:
+            trace.kind = "workspace"
+            if carried is not None:  # The copy is seen where it is made.
+                carried = tree_map_only(Tensor, lambda t: t.detach().clone(), carried)
+            trace.kind = ""
             run = build(self.recipe, self.data, self.clock, carried, None, decisions)
+            del carried
             # Each weight is drawn in float32 before it gets its type.
             trace.kind = "workspace"
             torch.empty(max(p.numel() for p in run.model.parameters()), dtype=torch.float32)

@@ -39,6 +39,7 @@ BUILT_IN = {
         "seq2seq": "scrimp.tasks.seq2seq:Seq2Seq",
         "denoise": "scrimp.tasks.denoise:Denoise",
         "contrastive": "scrimp.tasks.contrastive:Contrastive",
+        "fragment": "scrimp.tasks.fragment:Fragment",
     },
     "datasets": {
         "text": "scrimp.data.text:TextData",

@@ -194,7 +194,7 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
     for fault in misfits(techniques, "apply"):
         raise fault
     order = arrange(techniques)
-    for slot in [s for s in SLOTS if s not in ("model", "wrap", "init", "export", "price")]:
+    for slot in [s for s in SLOTS if s not in ("model", "wrap", "init", "carry", "export", "price")]:
         for technique in order.slots[slot]:
             rule = slot == "optimizer" and "update rule" in technique.card.sets
             what = f"`{technique.name}` acts in `{slot}`, which your own loop does not have."

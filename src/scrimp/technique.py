@@ -60,7 +60,7 @@ SLOTS: Final[dict[str, str]] = {
 
 PHASES: Final[dict[str, tuple[str, ...]]] = {
     "model": ("sizes", "architecture", "seams", "frozen"),
-    "wrap": ("tokens", "precision", "recompute", "saved", "compile", "dropped", "shard"),
+    "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
     "init": ("fill", "scale"),
     "carry": ("rewind", "grow", "widen", "masked"),
     "optimizer": ("rule", "states"),
@@ -68,9 +68,9 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "items": ("filter", "sample"),
     "batch": ("length", "resolution", "augment"),
     "loss": ("items", "auxiliary", "scaled"),
-    "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled"),
+    "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
     "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
-    "evaluate": ("averaged",),
+    "evaluate": ("masked", "averaged"),
     "export": ("whole", "folded", "collapsed", "merged", "averaged"),
 }
 """The order within a slot, innermost first: a later phase wraps an earlier one.

@@ -168,6 +168,7 @@ def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
 def _stages(begun: Begun, session: Session) -> Result:
     """All stages that are left. `begun` holds the last one's tensors until the next is built from them."""
     recipe, clock = begun.recipe, begun.clock
+    told: list[str] = []
     while True:
         last, source, begun.last, begun.source = begun.last, begun.source, None, None
         run = build(recipe, begun.data, clock, last, source, begun.decisions)
@@ -175,7 +176,9 @@ def _stages(begun: Begun, session: Session) -> Result:
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
         for remark in run.remarks:
-            session.observe("note", {"text": f"Note: {remark}"})
+            if remark not in told:
+                session.observe("note", {"text": f"Note: {remark}"})
+        told = run.remarks
         reason = session.ended or _stage(run, stage_end(run), session)
         if clock.done or reason != "finished":
             break
@@ -213,13 +216,14 @@ def _stage(run: Run, end: int, session: Session) -> str:
         del batch, loss
         if validate and (clock.step % validate == 0 or clock.done) and measure(run, session) and not clock.done:
             return "stopped early"
+        # Before an interruption, which would save a run that resumes without the cut.
+        if run.signals and not clock.done:
+            break
         if session.interrupted and not clock.done:
             snapshot(run, session)
             return "interrupted"
         if save and clock.step % save == 0 and not clock.done:
             snapshot(run, session)
-        if run.signals and not clock.done:
-            break
     return "finished"
 
 

@@ -217,3 +217,10 @@ def test_overrides_that_hit_nothing_are_told() -> None:
         Recipe.read({"techniques": {"lion": {}}}, ["techniques.lyon.lr=1"])
     with pytest.raises(UserError, match="not a YAML value"):
         Recipe.read({"techniques": {"lion": {}}}, ["groups={a"])
+
+
+@pytest.mark.parametrize("name", ["rezero", "t_fixup"])
+def test_export_says_which_technique_took_the_norms(name: str, tmp_path: Path) -> None:
+    train(made(tmp_path, "run", example(name), duration="2 step"))
+    with pytest.raises(UserError, match=f"`{name}` takes the norms out"):
+        export(tmp_path / "run", tmp_path / "out")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scrimp.chunks import CHUNK
 from scrimp.errors import UserError
 from scrimp.groups import Group
 from scrimp.meter import LiveBytes
-from scrimp.techniques.optimizers import lion
 from scrimp.techniques.optimizers.lion import Lion, LionRule
 
 W = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -93,7 +93,7 @@ def odd_parameters() -> list[nn.Parameter]:
 def test_the_size_of_a_chunk_changes_no_bit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[list[Tensor]] = []
     for size in (limit, 1 << 30):
-        monkeypatch.setitem(lion.CHUNK, "cpu", size)
+        monkeypatch.setitem(CHUNK, "cpu", size)
         params = odd_parameters()
         rule = LionRule(params, lr=0.01, weight_decay=0.1)
         for _ in range(3):
@@ -106,7 +106,7 @@ def test_the_size_of_a_chunk_changes_no_bit(limit: int, monkeypatch: pytest.Monk
 
 
 def test_the_transient_copy_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lion.CHUNK, "cpu", 1000)
+    monkeypatch.setitem(CHUNK, "cpu", 1000)
     params = [nn.Parameter(torch.ones(500, 100)), *(nn.Parameter(torch.ones(300)) for _ in range(20))]
     rule = LionRule(params, lr=0.1, weight_decay=0.1)
     for p in params:

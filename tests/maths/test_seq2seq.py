@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.errors import UserError
 from scrimp.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from scrimp.models.generate import respond, written
 from scrimp.models.seams import blocks
@@ -115,14 +114,6 @@ def test_techniques_reach_both_sides(technique: str) -> None:
 def test_blocks_are_those_of_both_sides() -> None:
     assert list(blocks(model())) == [*(f"encoder.blocks.{i}" for i in range(2)),
                                      *(f"decoder.blocks.{i}" for i in range(3))]  # fmt: skip
-    data = {"model": SIZES | {"name": "encoder_decoder", "vocab": 0, "context": 0}, "task": "denoise"}
-    with pytest.raises(UserError, match="the model has several lists of blocks"):
-        run_of(recipe(example("stack"), **data))
-    with pytest.raises(UserError, match="needs the seam `embed_scale`"):
-        run_of(recipe(example("t_fixup"), **data))
-    towers = {"name": "two_towers", "layers": 1, "width": 16, "heads": 2, "image": 16, "channels": 3}
-    with pytest.raises(UserError, match="TwoTowers has no embedding of its own to scale"):
-        run_of(recipe(example("t_fixup"), model=towers, task="contrastive", data=Pictured()))
 
 
 def test_what_is_written_ends_and_fits_the_context() -> None:

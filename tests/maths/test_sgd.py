@@ -49,6 +49,24 @@ def test_nesterov_looks_ahead() -> None:
     assert torch.allclose(trained(lr=0.1, nesterov=True), w, rtol=0, atol=1e-15)
 
 
+def test_dampening_spares_the_first_gradient_however_late() -> None:
+    early, late = nn.Parameter(W.clone()), nn.Parameter(W.clone())
+    optimizer = rule({"early": early, "late": late}, lr=0.1, momentum=0.8, dampening=0.25, weight_decay=0.01)
+    found: dict[str, list[Tensor]] = {"early": [], "late": []}
+    for n, grad in enumerate(GRADS):
+        early.grad, late.grad = grad.clone(), grad.clone() if n else None
+        optimizer.step()
+        found["early"].append(early.detach().clone())
+        found["late"].append(late.detach().clone())
+    for name, grads in (("early", GRADS), ("late", GRADS[1:])):
+        w, v = W.clone(), torch.zeros_like(W)
+        for n, g in enumerate(grads):
+            v = 0.8 * v + 0.75 * (g + 0.01 * w) if n else g + 0.01 * w
+            w = w - 0.1 * v
+        assert torch.allclose(found[name][-1], w, rtol=0, atol=1e-15)
+    assert torch.equal(found["late"][0], W)
+
+
 def test_without_momentum_it_is_plain_descent_and_keeps_nothing() -> None:
     assert torch.allclose(trained(lr=0.1, momentum=0.0), W - 0.1 * sum(GRADS), rtol=0, atol=1e-15)
     w = nn.Parameter(W.clone())
@@ -122,6 +140,8 @@ def test_two_equal_runs_are_equal() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"lr": -1.0}, "at least 0"), ({"weight_decay": -1.0}, "at least 0"), ({"lr": float("nan")}, "at least 0"),
+     ({"dampening": 1.5}, r"in \[0, 1\]"), ({"dampening": 0.5, "nesterov": True}, "undamped"),
+     ({"dampening": 0.5, "momentum": 0.0}, "no momentum"),
      ({"momentum": 1.0}, r"in \[0, 1\)"), ({"momentum": 0.0, "nesterov": True}, "which is 0")],
 )  # fmt: skip
 def test_settings_without_meaning_are_refused(settings: dict[str, Any], words: str) -> None:

@@ -21,6 +21,7 @@ from scrimp.run import Run
 from scrimp.techniques.incremental.stack import Stack
 from scrimp.training import train
 from tiny import MODEL, TinyData, assert_equal, example, flat, recipe, run_of
+from tiny_tasks import TINY, Memory
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -263,3 +264,65 @@ def test_blocks_without_numbers_are_refused() -> None:
         named.add_module(name, Layer())
     with pytest.raises(UserError, match="not numbered from 0"):
         _stage(Stack(at=(0.5,)), 0, named)
+
+
+def blocks_of(run: Run) -> dict[str, int]:
+    """Path of every list of blocks -> how many it holds."""
+    names = {n.partition(".mlp.")[0] for n, _ in run.model.named_parameters() if ".mlp.up.weight" in n}
+    paths = [name.rpartition(".")[0] for name in names]
+    return {path: paths.count(path) for path in paths}
+
+
+def of_task(entry: str, *techniques: Any, **model: Any) -> Recipe:
+    tiny = TINY[entry]
+    return recipe(*techniques, model={**tiny.model, **model}, data=Memory(entry), task=tiny.name or entry,
+                  dtype="float64")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entry", "settings", "model", "depths"),
+    [
+        ("seq2seq", {}, {"decoder_layers": 2}, [(2, 1), (4, 2)]),
+        ("seq2seq", {"depths": (3, 4)}, {"decoder_layers": 2}, [(3, 1), (4, 2)]),
+        ("seq2seq", {"stacks": "decoder.*"}, {}, [(4, 2), (4, 4)]),
+        ("contrastive", {}, {"image_layers": 2}, [(2, 1), (4, 2)]),
+        ("masked-image", {}, {}, [(2, 1), (4, 1)]),
+    ],
+)
+def test_lists_of_blocks_grow_in_proportion(entry: str, settings: Any, model: Any, depths: list[Any]) -> None:
+    order = {"seq2seq": ("encoder.blocks", "decoder.blocks"), "contrastive": ("text.blocks", "image.blocks"),
+             "masked-image": ("blocks", "decoder.blocks")}[entry]  # fmt: skip
+    runs, began = stages_of(of_task(entry, example("adamw"), Stack(at=("4 step",), **settings), **model))
+    assert [tuple(blocks_of(run)[path] for path in order) for run in runs] == depths
+    end = flat(runs[0].state())
+    for path, first, last in zip(order, *depths, strict=True):
+        for i in range(first, last):
+            grown = [n for n in began[1] if f"/{path}.{i}." in n]
+            assert any(n.startswith("optimizer.exp_avg/") for n in grown)
+            for name in grown:
+                origin = end[name.replace(f"/{path}.{i}.", f"/{path}.{i % first}.")]
+                assert torch.equal(began[1][name], origin), name
+
+
+def test_zeroed_copies_of_a_decoder_keep_the_function() -> None:
+    made = of_task("seq2seq", Stack(at=("4 step",), zero_new=True))
+    batch = run_of(made).batch(0)
+    runs: list[Run] = []
+    losses: list[Tensor] = []
+
+    def loss_of(run: Run) -> Tensor:
+        assert run.evaluate is not None
+        return run.evaluate(lambda model: run.task.loss(model, batch))
+
+    def see(event: str, fields: dict[str, Any]) -> None:
+        if event == "stage":
+            runs.append(fields["run"])
+            losses[:] = [loss_of(run) for run in runs]
+
+    train(made, save=False, observe=see)
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_a_pattern_of_no_list_is_refused() -> None:
+    with pytest.raises(UserError, match=r"techniques\.stack\.stacks: `encoder` matches no list of blocks"):
+        run_of(recipe(Stack(at=(0.5,), stacks="encoder")))

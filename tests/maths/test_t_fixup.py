@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.normless import fill
 from scrimp.run import Run
-from scrimp.techniques.initialization.t_fixup import TFixup
+from scrimp.techniques.initialization.t_fixup import TFixup, Times
 from scrimp.techniques.tuning.lora import LoRA
 from scrimp.training import train
 from tiny import MODEL, example, recipe, run_of, step
+from tiny_normless import KINDS, made
 
 WIDE = {"layers": 4, "width": 128, "heads": 4}
 
@@ -78,6 +81,65 @@ def test_what_is_looked_up_is_multiplied_by_the_root_of_the_width() -> None:
     tokens = run.batch(0)["tokens"]
     run.model(tokens)
     torch.testing.assert_close(seen[0], math.sqrt(32) * run.model.embed.weight[tokens], rtol=0, atol=1e-15)
+
+
+def drawn(run: Run, factors: list[tuple[str, float]]) -> None:
+    """Whether each weight is the standard draw times the factor of the first pattern that its name matches."""
+    first = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    fill(run.model, run.seed, "t_fixup")
+    for name, p in run.model.named_parameters():
+        factor = next((f for pattern, f in factors if re.fullmatch(pattern, name)), 1.0)
+        standard = p.detach()
+        if re.search(r"(qkv|kv)\.weight", name):
+            # Only values are scaled; they are the last of the rows.
+            kv = run.model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+            rows = len(p) - kv.kv_heads * kv.width  # type: ignore[operator]
+            assert torch.equal(first[name][:rows], standard[:rows]), name
+            first[name], standard = first[name][rows:], standard[rows:]
+        torch.testing.assert_close(first[name], factor * standard, rtol=1e-6, atol=0, msg=name)
+
+
+INNER = r"(attention\.qkv|attention\.proj|cross\.kv|cross\.proj|mlp\.up|mlp\.down)\.weight"
+
+
+@pytest.mark.parametrize("entry", KINDS)
+def test_scales_of_every_model(entry: str) -> None:
+    """Each stack has its own depth and kind; inputs are scaled, positions, heads, queries and keys are not."""
+    run = made(entry, TFixup(), model={"layers": 3, "kv_heads": 1, "decoder_layers": 2} if entry == "seq2seq" else None)
+    encoder, decoder = (lambda n: 0.67 * n**-0.25), (lambda n: (9 * n) ** -0.25)
+    factors: dict[str, list[tuple[str, float]]] = {
+        "causal-lm": [(rf"blocks.*{INNER}", decoder(4)), (r"embed\.weight", decoder(4))],
+        "masked-lm": [(rf"blocks.*{INNER}", encoder(4)), (r"embed\.weight", decoder(4))],
+        "classify, images": [(rf"blocks.*{INNER}", encoder(4)), (r"patches\.weight", decoder(4)),
+                             (r"class_token\.weight", decoder(4) * 32**0.5)],
+        "seq2seq": [(rf"encoder\.blocks.*{INNER}", encoder(3)), (rf"decoder\.blocks.*{INNER}", decoder(2)),
+                    (r"embed\.weight", decoder(3))],
+        "masked-image": [(rf"blocks.*{INNER}", encoder(4)), (rf"decoder\.blocks.*{INNER}", encoder(1)),
+                         (r"patches\.weight", decoder(4)), (r"class_token\.weight", decoder(4) * 32**0.5),
+                         (r"decoder\.embed\.weight", decoder(1)), (r"decoder\.mask_token\.weight", decoder(1) * 4)],
+        "contrastive": [(rf"text\.blocks.*{INNER}", decoder(4)), (rf"image\.blocks.*{INNER}", encoder(4)),
+                        (r"text\.embed\.weight", decoder(4)), (r"image\.patches\.weight", decoder(4)),
+                        (r"image\.class_token", decoder(4) * 32**0.5)],
+    }  # fmt: skip
+    drawn(run, factors[entry])
+
+
+@pytest.mark.parametrize(("entry", "stems"), [("seq2seq", [""]), ("contrastive", ["text."]), ("masked-lm", [""])])
+def test_every_table_of_tokens_is_multiplied_by_the_root_of_the_width(entry: str, stems: list[str]) -> None:
+    run = made(entry, TFixup())
+    found = {name: m.factor for name, m in run.model.named_modules() if isinstance(m, Times)}
+    assert found == {f"{stem}embed_scale": math.sqrt(32) for stem in stems}
+
+
+def test_both_sides_of_an_encoder_decoder_read_the_scaled_embedding() -> None:
+    run: Any = made("seq2seq", TFixup(), model={"positions": "none", "dropout": 0.0})
+    seen: list[Tensor] = []
+    for side in (run.model.encoder, run.model.decoder):
+        side.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    read, written = torch.tensor([[3, 4]]), torch.tensor([[5]])
+    run.model(read, written)
+    for x, ids in zip(seen, (read, written), strict=True):
+        torch.testing.assert_close(x, math.sqrt(32) * run.model.embed.weight[ids], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("norm_at", ["pre", "post"])

@@ -22,7 +22,7 @@ from scrimp.recipe import Recipe
 from scrimp.registry import modules
 from scrimp.run import Run, exported
 from scrimp.technique import SLOTS, Technique, overrides
-from tiny import example, flat, recipe, run_of
+from tiny import at_home, example, flat, recipe, run_of
 
 NOT_FOLDED = {"stages", "decide", "price"}
 STEPS = 8
@@ -36,9 +36,9 @@ def tried(name: str) -> Technique:
 
 
 def together() -> Iterator[tuple[str, str]]:
-    """Every two techniques that do not clash."""
+    """Every two techniques that do not clash, on a task that takes both."""
     for a, b in itertools.combinations(sorted(modules()), 2):
-        if not clash(tried(a), tried(b)):
+        if not clash(tried(a), tried(b)) and at_home(a, b):
             yield a, b
 
 

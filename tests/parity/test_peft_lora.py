@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import scrimp
 from scrimp.techniques.tuning.lora import LoRA
+from tiny import keep
 
 
 def mlp() -> nn.Module:
@@ -52,14 +54,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(("mine", "theirs"), CASES)
-def test_outputs_gradients_and_a_trajectory_agree(mine: list[LoRA], theirs: dict[str, Any]) -> None:
+def test_outputs_gradients_and_a_trajectory_agree(
+    mine: list[LoRA], theirs: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
     ours, reference, own, named = both(mine, **theirs)
     torch.manual_seed(1)
     x, y = torch.randn(5, 6, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     rules = [torch.optim.SGD(list(params.values()), lr=0.01) for params in (own, named)]
+    worst = 0.0
     for _ in range(20):
         outputs = [ours(x), reference(x)]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-12)
+        worst = max(worst, float((outputs[0] - outputs[1]).detach().abs().max()))
         for rule, output in zip(rules, outputs, strict=True):
             rule.zero_grad()
             (output - y).pow(2).mean().backward()
@@ -69,6 +75,7 @@ def test_outputs_gradients_and_a_trajectory_agree(mine: list[LoRA], theirs: dict
             torch.testing.assert_close(p.grad, named[name].grad, rtol=0, atol=1e-12)
         for rule in rules:
             rule.step()
+    keep(record_property, "lora", "peft", worst)
 
 
 @pytest.mark.parametrize(("mine", "theirs"), CASES)

@@ -18,7 +18,7 @@ from scrimp.meter import LiveBytes
 from scrimp.planning import CannotPlanError, plan
 from scrimp.recipe import Recipe
 from scrimp.registry import modules
-from scrimp.technique import Card, Cost, Technique
+from scrimp.technique import Card, Cost, Technique, overrides
 from scrimp.techniques.incremental.stack import Stack
 from scrimp.techniques.optimizers.sgd import SGD
 from scrimp.trace import Trace
@@ -34,7 +34,7 @@ def measured(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> int:
     """The highest live bytes of a whole run."""
     monkeypatch.setenv("SCRIMP_PRODUCTS", "default")
     with LiveBytes() as meter:
-        train(made, data=made.data.open())
+        train(made, data=made.data.open(), force=True)
     return meter.peak
 
 
@@ -42,7 +42,10 @@ def measured(made: Recipe, monkeypatch: pytest.MonkeyPatch) -> int:
 def test_plans_the_live_bytes_of_the_whole_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(example(name), out=str(tmp_path))
     planned = plan(made, CPU, made.data.open())
-    assert 0 <= measured(made, monkeypatch) - planned.live <= BATCHES
+    off = measured(made, monkeypatch) - planned.live
+    images = 4 * sum(t.nbytes for t in run_of(made).batch(0).values())
+    assert off <= max(BATCHES, images)
+    assert off >= 0 or overrides(example(name), "decide"), "what a run decides is planned at its largest"
 
 
 @pytest.mark.parametrize("changes", [

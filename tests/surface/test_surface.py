@@ -66,7 +66,7 @@ def test_import_and_list_do_not_import_torch() -> None:
 
 def test_show_says_what_a_technique_clashes_with() -> None:
     done = subprocess.run([sys.executable, "-m", "scrimp", "show", "lion"], capture_output=True, text=True, check=True)
-    assert "Clashes with: adam, adamw, muon, sgd" in done.stdout
+    assert "Clashes with: adam, adamw, lamb, lars, muon, sgd" in done.stdout
     assert "weight_decay: float = 1.0" in done.stdout
 
 

@@ -89,11 +89,13 @@ class Stack(nn.Module):
         cache: list[list[Tensor]] | None = None,
         states: Tensor | None = None,
         states_mask: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """As `Block` has them; `cache` is a list a block."""
+        """As `Block` has them; `cache` is a list a block. `places` are the tokens', [B, T]; None means in a row."""
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         if self.positions is not None:
-            x = x + self.positions(torch.arange(past, past + x.shape[1], device=x.device) + self.offset)
+            row = torch.arange(past, past + x.shape[1], device=x.device) if places is None else places
+            x = x + self.positions(row + self.offset)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = self.dropout(x, sample)
@@ -109,6 +111,7 @@ class EncoderDecoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.embed = Embedding(c.vocab, c.width, c.init_std)
+        self.embed_scale: nn.Module = nn.Identity()
         self.encoder = Stack(c, c.layers, first=0)
         self.decoder = Stack(c, c.depth, first=c.layers, states=c.width)
         self.head = Linear(c.width, c.vocab, bias=False, std=c.init_std)
@@ -126,6 +129,9 @@ class EncoderDecoder(nn.Module):
         smoothing: float = 0.0,
         states: Tensor | None = None,
         cache: list[list[Tensor]] | None = None,
+        read: Tensor | None = None,
+        places: Tensor | None = None,
+        written: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V], or the summed loss when targets are given.
 
@@ -137,6 +143,9 @@ class EncoderDecoder(nn.Module):
             sample: number of each sample in the run, [B]; keys dropout.
             states: what `encode` made of the tokens, [B, S, C].
             cache: a list a block of the decoder of keys and values of what was written before; grows in place.
+            read: which of the encoder's states the decoder looks at, [B, S]; those that are attended when None.
+            places: of the decoder's tokens among all that could be written, [B, T]; None means the first ones.
+            written: which of the decoder's tokens take part, [B, T]: no other token sees one that does not.
         Raises:
             ValueError: if a side is longer than the context, or there is nothing to read.
         """
@@ -146,16 +155,25 @@ class EncoderDecoder(nn.Module):
             states = self.encode(tokens, attended, sample)
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         self._check(past + decoder_tokens.shape[1])
-        mask = None if attended is None else attended[:, None, None, :]
-        x = self.decoder(self.embed(decoder_tokens), None, sample, cache, states, mask)
+        read = attended if read is None else read
+        mask = None if read is None else read[:, None, None, :]
+        own = None if written is None else among(written)
+        x = self.decoder(self.embed_scale(self.embed(decoder_tokens)), own, sample, cache, states, mask, places)
         return self.head(x) if targets is None else self.head_loss(x, self.head, targets, smoothing)
 
     def encode(self, tokens: Tensor, attended: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
         """The encoder's states, [B, S] -> [B, S, C]."""
         self._check(tokens.shape[1])
         mask = None if attended is None else attended[:, None, None, :]
-        return self.encoder(self.embed(tokens), mask, sample)
+        return self.encoder(self.embed_scale(self.embed(tokens)), mask, sample)
 
     def _check(self, length: int) -> None:
         if length > self.config.context:
             raise ValueError(f"{length} tokens exceed the model's context of {self.config.context}.")
+
+
+def among(written: Tensor) -> Tensor:
+    """Which tokens see which where only some take part: themselves, and those before them that do, [B, 1, T, T]."""
+    tokens = written.shape[1]
+    square = torch.ones(tokens, tokens, dtype=torch.bool, device=written.device)
+    return (written[:, None, None, :] & square.tril()) | torch.eye(tokens, dtype=torch.bool, device=written.device)

@@ -27,6 +27,7 @@ from scrimp.models.layers import Block, Embedding, Norm
 from scrimp.models.patches import PatchConfig, PatchEncoder, positions_of
 from scrimp.models.presets import expand
 from scrimp.models.seams import Linear
+from scrimp.models.subsets import gathered
 from scrimp.models.vision import adopted_positions
 
 
@@ -90,32 +91,42 @@ class Decoder(nn.Module):
         self.norm = Norm(own.width, c.norm, c.norm_eps, c.bias)
         self.predict = Linear(own.width, c.values, True, c.init_std)
 
-    def forward(self, x: Tensor, restore: Tensor, sample: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, restore: Tensor, sample: Tensor | None, token: Tensor | None = None) -> Tensor:
         """Predictions [B, N, P] from the states of the class token and the visible (or all) patches, [B, T, C].
 
         Args:
             restore: where each patch is among those in the order of hiding, visible ones first, [B, N].
+            token: what stands for a hidden patch where the decoder has no mask token of its own, [1, C].
         """
         y = self.embed(x)
         if self.mask_token is not None:
-            batch, count = restore.shape
-            zero = torch.zeros(1, dtype=torch.int64, device=x.device)
-            start, seen = y[:, : self.first], y[:, self.first :]
-            hidden = self.mask_token(zero).to(y.dtype).expand(batch, count - seen.shape[1], -1)
-            whole = torch.cat([seen, hidden], 1).gather(1, restore[..., None].expand(-1, -1, y.shape[2]))
-            y = torch.cat([start, whole], 1)
+            y = self._whole(y, self.mask_token(torch.zeros(1, dtype=torch.int64, device=x.device)), restore)
+        elif token is not None:
+            y = self._whole(y, self.embed(token), restore)
         y = y + self.positions(torch.arange(y.shape[1], device=x.device))
         for block in self.blocks:
             y = block(y, None, None, sample)
         return self.predict(self.norm(y[:, self.first :]))
 
+    def _whole(self, y: Tensor, token: Tensor, restore: Tensor) -> Tensor:
+        """All patches in their order, the hidden ones as a token [1, D], after the class token."""
+        batch, count = restore.shape
+        start, seen = y[:, : self.first], y[:, self.first :]
+        hidden = token.to(y.dtype).expand(batch, count - seen.shape[1], -1)
+        return torch.cat([start, gathered(torch.cat([seen, hidden], 1), restore)], 1)
+
 
 class MaskedAutoencoder(PatchEncoder):
-    """An encoder of what is visible, and a light decoder of the whole."""
+    """An encoder of what is visible, and a light decoder of the whole.
+
+    Attributes:
+        drop: whether hidden patches are left out of the encoder; a technique may set it where the options do not.
+    """
 
     def __init__(self, config: MaskedAutoencoderConfig) -> None:
         super().__init__(config)
         self.config = config
+        self.drop = config.drop
         if not config.drop:
             self.mask_token = Embedding(1, config.width, config.init_std)
         self.decoder = Decoder(config)
@@ -130,8 +141,9 @@ class MaskedAutoencoder(PatchEncoder):
             sample: number of each sample in the run, [B]; keys dropout.
         """
         if self.config.drop:
-            x = self.states(images, sample, kept)
-        else:
-            token = self.mask_token(torch.zeros(1, dtype=torch.int64, device=images.device))
-            x = self.states(images, sample, masked=(restore >= kept.shape[1], token))
+            return self.decoder(self.states(images, sample, kept), restore, sample)
+        token = self.mask_token(torch.zeros(1, dtype=torch.int64, device=images.device))
+        if self.drop:
+            return self.decoder(self.states(images, sample, kept), restore, sample, token)
+        x = self.states(images, sample, masked=(restore >= kept.shape[1], token))
         return self.decoder(x, restore, sample)

@@ -26,6 +26,7 @@ from scrimp.models.config import Trunk
 from scrimp.models.layers import Block, Embedding, Norm
 from scrimp.models.presets import expand
 from scrimp.models.seams import Linear
+from scrimp.models.subsets import gathered
 from scrimp.models.transformer import TransformerConfig
 
 LARGEST = math.log(100.0)
@@ -76,6 +77,11 @@ class TwoTowersConfig(Trunk):
             raise UserError(f"an image of {self.image} pixels is not a multiple of patches of {self.patch}.")
         self.image_trunk()
 
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.image // self.patch) ** 2
+
     def image_trunk(self) -> Trunk:
         """The options of the image tower's blocks."""
         own: dict[str, Any] = {"layers": self.image_layers or self.layers, "width": self.image_width or self.width,
@@ -115,13 +121,19 @@ class ImageTower(nn.Module):
         """The class token, as small as an embedding's row."""
         value.normal_(0.0, self.positions.std, generator=generator)
 
-    def forward(self, images: Tensor, sample: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, sample: Tensor | None = None, kept: Tensor | None = None) -> Tensor:
+        """As above; `kept` are the patches that are seen, [B, P'], where not all are."""
         batch, channels, side, _ = images.shape
         n, p = side // self.patch, self.patch
         cut = images.reshape(batch, channels, n, p, n, p).permute(0, 2, 4, 1, 3, 5)  # [B, n, n, K, p, p]
-        x = self.patches(cut.reshape(batch, n * n, channels * p * p).to(self.class_token.dtype))
+        squares = cut.reshape(batch, n * n, channels * p * p).to(self.class_token.dtype)
+        places = self.positions(torch.arange(1 + n * n, device=images.device))
+        if kept is not None:
+            squares = gathered(squares, kept)
+            places = torch.cat([places[:1].expand(batch, 1, -1), places[kept + 1]], 1)
+        x = self.patches(squares)
         x = torch.cat([self.class_token.expand(batch, 1, -1).to(x.dtype), x], 1)
-        x = self.pre_norm(x + self.positions.weight)
+        x = self.pre_norm(x + places)
         for block in self.blocks:
             x = block(x, sample=sample)
         return self.norm(x[:, 0])
@@ -150,6 +162,7 @@ class TwoTowers(nn.Module):
         tokens: Tensor | None,
         attended: Tensor | None = None,
         sample: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Vectors of length 1 for images and texts, [B, D] each, and the scale of their products.
 
@@ -158,8 +171,9 @@ class TwoTowers(nn.Module):
             tokens: ids, [B, T], each text with its end; None to see images only.
             attended: which tokens are no padding, [B, T]; padding is on the right.
             sample: number of each sample in the run, [B]; keys dropout.
+            kept: patches of the images that are seen, [B, P']; None means all.
         """
-        seen = None if images is None else F.normalize(self.image_projection(self.image(images, sample)), dim=-1)
+        seen = None if images is None else F.normalize(self.image_projection(self.image(images, sample, kept)), dim=-1)
         read = None
         if tokens is not None:
             # Padding is on the right and the tower causal, so that only the place to read at depends on it.

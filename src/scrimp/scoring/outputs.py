@@ -23,15 +23,24 @@ IGNORED = -100
 """A target that does not count."""
 
 
+def check_classes(task: Any, where: str) -> None:
+    """Whether a task predicts classes.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if not hasattr(task, "logits"):
+        what = "the task predicts no classes, whose probabilities this needs."
+        raise UserError(what, where, "Use it with classify, causal-lm, masked-lm or seq2seq.")
+
+
 def logits_and_targets(task: Any, model: nn.Module, batch: Batch, where: str) -> tuple[Tensor, Tensor]:
     """Logits [B, T, N] and targets [B, T], -100 where nothing counts; T is 1 where an item has one class.
 
     Raises:
         UserError: if the task predicts no classes.
     """
-    if not hasattr(task, "logits"):
-        what = "the task predicts no classes, whose probabilities this needs."
-        raise UserError(what, where, "Use it with classify, causal-lm, masked-lm or seq2seq.")
+    check_classes(task, where)
     logits = task.logits(model, batch)
     targets = batch["labels"][:, None] if "labels" in batch else batch["targets"]
     return (logits[:, None] if logits.ndim == 2 else logits), targets

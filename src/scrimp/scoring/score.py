@@ -15,6 +15,7 @@ from scrimp.folder import anchored
 from scrimp.inference import open_run
 from scrimp.restore import fingerprint, same_data
 from scrimp.scoring.scores import Scores, read, write
+from scrimp.stages import new_clock
 from scrimp.training import train
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def score(
     plain = _plain(recipe, getattr(method, "WATCH", None))
     about = {"by": by, "data": fingerprint(data), "items": len(data.train), "recipe": anchored(recipe).dump(),
              "from": str(start.absolute()) if start else "", **more}  # fmt: skip
+    if by == "forgetting" and (clock := new_clock(plain, data)).at("2 epoch") > clock.end:
+        what = "the runs are shorter than two epochs, and nothing can be forgotten before the second."
+        raise UserError(what, "duration", "Set several epochs, such as duration='10 epoch'.")
     done = _begun(out, about)
     for n in range(len(done), runs):
         say(f"run {n + 1} of {runs}: {'scoring by ' + str(start) if given else 'training'}")

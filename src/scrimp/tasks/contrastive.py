@@ -86,7 +86,8 @@ class PairingTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The summed loss."""
-        return paired(*model(batch["images"], batch["tokens"], batch["attended"], batch["sample"]))
+        some = {"kept": batch["kept"]} if "kept" in batch else {}
+        return paired(*model(batch["images"], batch["tokens"], batch["attended"], batch["sample"], **some))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:

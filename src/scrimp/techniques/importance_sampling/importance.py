@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.draws import generator
-from scrimp.scoring.outputs import logits_and_targets, losses, squared_errors
+from scrimp.scoring.outputs import check_classes, logits_and_targets, losses, squared_errors
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class Importance(Technique):
         """Choose, then go back through what was chosen."""
         if self.pool == 1:
             return backward
+        check_classes(run.task, run.where(self))
         memory = run.memory(self)
         memory["tau"] = torch.ones((), dtype=torch.float64)
 
@@ -126,9 +127,10 @@ class Importance(Technique):
 
 def _drawn(chances: Tensor, take: int, run: Run, batch: Batch) -> Tensor:
     """Places of candidates, drawn with replacement: int64, [take]. A function of the seed, the samples and chances."""
+    first = batch["sample"][0]
     if isinstance(chances, FakeTensor):
         return torch.arange(take, device=chances.device)
-    chance = generator(run.seed, f"importance/{int(batch['sample'][0])}")
+    chance = generator(run.seed, f"importance/{int(first)}")
     return torch.multinomial(chances.cpu(), take, replacement=True, generator=chance).to(chances.device)
 
 

@@ -52,8 +52,8 @@ class Prune(Technique):
     """The file that `scrimp score` wrote; not needed for `which: random`."""
     keep: float = 0.7
     """Share of the items that is kept."""
-    which: Literal["hard", "easy", "middle", "random"] = "hard"
-    """Which items are kept."""
+    which: Literal["", "hard", "easy", "middle", "random"] = ""
+    """Which items are kept; empty means hard ones, or random ones where there are no scores."""
     skip: float = 0.0
     """Share of the items with the highest scores that is left out first, such as mislabeled ones; only for `hard`."""
     balance: float = 0.0
@@ -65,11 +65,16 @@ class Prune(Technique):
             raise UserError(f"keep ({self.keep}) must be above 0 and at most 1, balance ({self.balance}) from 0 to 1.")
         if self.keep + self.skip > 1:
             raise UserError(f"keep {self.keep} and skip {self.skip} are more than all items.", "skip")
-        if self.skip and self.which != "hard":
-            raise UserError(f"skip leaves out the hardest, which `{self.which}` does by itself or not at all.", "skip")
-        if self.which != "random" and not self.scores:
+        if self.skip and self.kind != "hard":
+            raise UserError(f"skip leaves out the hardest, which `{self.kind}` does by itself or not at all.", "skip")
+        if self.kind != "random" and not self.scores:
             fix = "Name the file that `scrimp score RECIPE --by el2n` wrote."
             raise UserError(f"`which: {self.which}` needs scores.", "scores", fix)
+
+    @property
+    def kind(self) -> str:
+        """`which`, chosen where it is left open."""
+        return self.which or ("hard" if self.scores else "random")
 
     def anchored(self) -> Prune:
         """The same with an absolute path, which holds from any working directory."""
@@ -83,13 +88,13 @@ class Prune(Technique):
         values = self._values(run)
         if values is None:  # A plan of data that are not built yet knows only how many there are.
             return index[:count]
-        ranks = ranked(values[index], self.which, self.skip)
+        ranks = ranked(values[index], self.kind, self.skip)
         labels = _labels(run, index) if self.balance else None
         return index[np.sort(chosen(ranks, count, labels, self.balance))]
 
     def _values(self, run: Run) -> np.ndarray | None:
         total = len(run.data.train)
-        if self.which == "random":
+        if self.kind == "random":
             return np.random.default_rng(generator(run.seed, "prune").initial_seed()).random(total)
         where = run.where(self, "scores")
         scores = read(Path(self.scores).expanduser(), where)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from scrimp.clock import Duration
 from scrimp.errors import UserError
+from scrimp.models.subsets import shortened
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -58,9 +59,7 @@ class LengthWarmup(Technique):
         """The points at which the length grows: at each the run is rebuilt, hence planned for its own length."""
         if self.start == 1:
             return ()
-        whole = Duration.parse(self.until)
-        parts = [Duration(whole.value * n / self.levels, whole.unit) for n in range(1, self.levels + 1)]
-        return tuple(part.value if part.unit == "run" else f"{part.value!r} {part.unit}" for part in parts)
+        return Duration.parse(self.until).evenly(self.levels)
 
     def batch(self, batch: Callable[[int], Batch], run: Run) -> Callable[[int], Batch]:
         """Truncate what has the context's length."""
@@ -71,11 +70,4 @@ class LengthWarmup(Technique):
         length = min(context, -(-round(share * context) // self.multiple) * self.multiple)
         if length == context or self.start == 1:
             return batch
-
-        def truncated(step: int) -> Batch:
-            return {
-                name: t[:, :length].contiguous() if t.ndim > 1 and t.shape[1] == context else t
-                for name, t in batch(step).items()
-            }
-
-        return truncated
+        return lambda step: shortened(batch(step), context, length)

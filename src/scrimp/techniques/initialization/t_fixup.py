@@ -11,7 +11,12 @@ Initialization", ICML 2020, PMLR 119.
 Saves: layer norms (their time and activations) and warm-up. Costs: an architecture without norms, which no other
 library loads. Not for: fine-tuning, growth of depth (N is fixed at the start), mixed precision without care. The 9
 counts three branches of a decoder block, cross-attention among them; for a decoder-only model it lies outside the
-derivation, and `constants: encoder` is the alternative. A tied head gets the embedding's scale, as in the paper's code.
+derivation, and `constants: encoder` is the alternative. A tied head gets the embedding's scale, as in the paper's
+code.
+
+Of two stacks each has its own N; an embedding that both read is scaled once, by the deeper one. Patches are an input
+embedding too: they are drawn by their number of values, so that they need no factor sqrt(d), and so are class and
+mask tokens, with standard deviation 1. Norms of queries and keys, and the norm in BERT's head, stay.
 """
 
 from __future__ import annotations
@@ -20,21 +25,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.draws import generator
-from scrimp.errors import UserError
-from scrimp.models.seams import Linear, blocks
+from scrimp.normless import Stack, fill, refuse_norms, stacks, take_out_norms
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
     from scrimp.run import Run
+    from scrimp.technique import State
 
-
-NORMS = ("attention_norm", "mlp_norm")
-"""What is removed from a block."""
+TOKENS = ("class_token", "mask_token")
+"""Parts of a model's inputs that are looked up and not multiplied by sqrt(d)."""
+INPUTS = ("embed", "patches", *TOKENS)
+"""What gives a stack its inputs; positions and segments are added to it unscaled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,67 +50,53 @@ class TFixup(Technique):
         saves="layer norms and warm-up",
         costs="an architecture that no other library loads",
         sets=("initialization", "normalization"),
-        needs=("attention_norm", "mlp_norm", "embed_scale"),
+        needs=("attention_norm", "mlp_norm", "attention_scale", "mlp_scale"),
         phase={"model": "architecture", "init": "fill"},
         example={"constants": "decoder"},
     )
-    constants: Literal["decoder", "encoder"] = "decoder"
-    """Which of the two derived scales."""
+    constants: Literal["auto", "decoder", "encoder"] = "auto"
+    """Which of the two derived scales; auto takes the decoder's for blocks in which a token sees none after it."""
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """No norms; looked-up embeddings times sqrt(d)."""
-        for name, block in blocks(model, run.where(self)).items():
-            for seam in NORMS:
-                if not isinstance(getattr(block, seam, None), nn.Module):
-                    raise UserError(
-                        f"`{name}` has no `{seam}` to remove.", run.where(self), "Use the house Transformer."
-                    )
-                setattr(block, seam, nn.Identity())
-        if not isinstance(getattr(model, "embed_scale", None), nn.Module):
-            what = f"{type(model).__name__} has no embedding of its own to scale."
-            raise UserError(what, run.where(self), "Use the house Transformer.")
-        model.norm = nn.Identity()
-        model.embed_scale = Times(math.sqrt(model.config.width))  # type: ignore[union-attr]
+        take_out_norms(model, run.where(self))
+        for module in list(model.modules()):
+            if isinstance(getattr(module, "embed_scale", None), nn.Module):
+                module.embed_scale = Times(math.sqrt(module.config.width))  # type: ignore[union-attr]
         return model
 
-    @torch.no_grad()
     def init(self, model: nn.Module, run: Run) -> nn.Module:
         """Draw every matrix anew, each from a generator of its own."""
-        if any(isinstance(p, FakeTensor) for p in model.parameters()):
-            return model
-        found = blocks(model)
-        count = len(found)
-        shrink = (9 * count) ** -0.25
-        branch = shrink if self.constants == "decoder" else 0.67 * count**-0.25
-        for path, block in found.items():
-            attention = block.get_submodule("attention")
-            kv = attention.kv_heads * attention.width  # type: ignore[operator]
-            for name, layer in block.named_modules():
-                if isinstance(layer, Linear):
-                    self._fill(f"{path}.{name}", layer, branch, run.seed, int(kv))
-        for name, p in model.named_parameters():
-            if name in ("embed.weight", "positions.weight"):
-                chance = generator(run.seed, f"t_fixup/{name}")
-                value = torch.empty(p.shape).normal_(0, p.shape[1] ** -0.5, generator=chance)
-                p.copy_(value * (shrink if name == "embed.weight" else 1))
-            elif name == "head.weight":
-                p.copy_(_xavier(p.shape, run.seed, name))
+        found = stacks(model)
+        branch = {f"{b.path}.{b.kind}.": self._branch(stack) for stack in found for b in stack.branches}
+
+        def factor(name: str, part: str) -> float:
+            inside = next((value for path, value in branch.items() if name.startswith(path)), None)
+            if inside is not None:
+                return 1.0 if part in ("q", "k") else inside
+            module, _, _ = name.removesuffix(".weight").rpartition(".")
+            last = name.removesuffix(".weight").rpartition(".")[2]
+            if last not in INPUTS:
+                return 1.0
+            shrink = (9 * _depth(found, module)) ** -0.25
+            return shrink * math.sqrt(model.get_parameter(name).shape[-1]) if last in TOKENS else shrink
+
+        fill(model, run.seed, self.name, factor)
         return model
 
-    def _fill(self, name: str, layer: Linear, branch: float, seed: int, kv: int) -> None:
-        rows, inputs = layer.weight.shape
-        if not name.endswith(".qkv"):
-            layer.weight.copy_(_xavier(layer.weight.shape, seed, name) * branch)
-            return
-        # q, k and v are three matrices in one tensor: each has its own fan, and only v is scaled.
-        parts = enumerate((rows - 2 * kv, kv, kv))
-        q, k, v = (_xavier(torch.Size((part, inputs)), seed, f"{name}/{i}") for i, part in parts)
-        layer.weight.copy_(torch.cat([q, k, v * branch]))
+    def carry(self, state: State, run: Run) -> State:
+        """Refuse weights that were trained with norms."""
+        return refuse_norms(state, run, run.where(self))
+
+    def _branch(self, stack: Stack) -> float:
+        decoder = stack.causal if self.constants == "auto" else self.constants == "decoder"
+        return (9 * stack.depth) ** -0.25 if decoder else 0.67 * stack.depth**-0.25
 
 
-def _xavier(shape: torch.Size, seed: int, name: str) -> Tensor:
-    bound = math.sqrt(6 / (shape[0] + shape[1]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, f"t_fixup/{name}"))
+def _depth(found: list[Stack], path: str) -> int:
+    """Blocks of the stack that a module's inputs go to, or of the deepest, where several read them."""
+    own = [stack.depth for stack in found if stack.path == path]
+    return max(own or [stack.depth for stack in found if stack.path.startswith(f"{path}." if path else "")], default=1)
 
 
 class Times(nn.Module):

@@ -16,14 +16,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from scrimp.errors import UserError
+from scrimp.splitting import accumulated, check_parts, split
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-    from scrimp.technique import Backward, Batch
+    from scrimp.technique import Backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,7 @@ class Accumulate(Technique):
         section="Large batch training",
         saves="activations, to 1/parts",
         costs="time, when parts are small",
+        sets=("parts of a batch",),
         micro_batches=True,
         phase={"backward": "accumulated"},
         example={"parts": 2},
@@ -51,22 +50,5 @@ class Accumulate(Technique):
         """The inner backward over every part, with the count of the whole batch."""
         if self.parts == 1:
             return backward
-        if self.parts > run.recipe.batch:
-            what = f"a batch of {run.recipe.batch} cannot be split into {self.parts} parts."
-            raise UserError(what, run.where(self, "parts"), "Raise `batch`, or lower `parts`.")
-
-        def accumulated(batch: Batch, count: Tensor) -> Tensor:
-            first, *rest = split(batch, self.parts)
-            loss = backward(first, count)
-            for part in rest:
-                loss = loss + backward(part, count)
-            return loss
-
-        return accumulated
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch in parts along its first dimension, as even as possible; never an empty one."""
-    size = len(next(iter(batch.values())))
-    pieces = {name: value.tensor_split(min(parts, size)) for name, value in batch.items()}
-    return [{name: piece[i] for name, piece in pieces.items()} for i in range(min(parts, size))]
+        check_parts(self.parts, run.recipe.batch, run.where(self, "parts"))
+        return lambda batch, count: accumulated(backward, split(batch, self.parts), count)

@@ -15,24 +15,21 @@ higher than AdamW's, to be found again. Not for: small batches, where the sign i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from scrimp.chunks import chunks
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-
-CHUNK: Final = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Weights updated together: few enough for a core's cache, enough to fill a GPU. Bounds the transient copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +107,7 @@ class LionRule(Optimizer):
                 if "exp_avg" not in self.state[p]:
                     self.state[p]["exp_avg"] = torch.zeros_like(p)
             triples = [(p.detach(), p.grad, self.state[p]["exp_avg"]) for p in moving]
-            for weights, grads, momenta in _chunks(triples):
+            for weights, grads, momenta in chunks(triples):
                 _update(weights, grads, momenta, group["lr"], group["betas"], group["weight_decay"])
         return loss
 
@@ -130,28 +127,3 @@ def _update(
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
     torch._foreach_add_(weights, updates, alpha=-lr)
     torch._foreach_lerp_(momenta, grads, 1 - betas[1])
-
-
-def _chunks(triples: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
-    """(weight, gradient, momentum) of each parameter -> the same as three lists of about `CHUNK` weights at a time."""
-    chunk: list[tuple[Tensor, ...]] = []
-    size = 0
-    for triple in triples:
-        limit = CHUNK.get(triple[0].device.type, CHUNK["cuda"])
-        for piece in _pieces(triple, limit):
-            if chunk and size + piece[0].numel() > limit:
-                yield [list(tensors) for tensors in zip(*chunk, strict=True)]
-                chunk, size = [], 0
-            chunk.append(piece)
-            size += piece[0].numel()
-    if chunk:
-        yield [list(tensors) for tensors in zip(*chunk, strict=True)]
-
-
-def _pieces(triple: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of a large parameter, as views. A sharded one stays whole: its rows lie on other machines."""
-    weight = triple[0]
-    if weight.numel() <= limit or is_traceable_wrapper_subclass(weight):
-        return iter([triple])
-    rows = max(1, limit * weight.shape[0] // weight.numel())
-    return zip(*(tensor.split(rows) for tensor in triple), strict=True)

@@ -19,15 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch import Tensor
 
+from scrimp.perturbing import perturb, restore, with_gradients
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from scrimp.run import Run
     from scrimp.technique import Backward, Batch
 
@@ -59,7 +56,7 @@ class SAM(Technique):
 
         def perturbed(batch: Batch, count: Tensor) -> Tensor:
             loss = backward(batch, count)
-            held = [p for p in run.model.parameters() if p.grad is not None]
+            held = list(with_gradients(run).values())
             copies = perturb(held, self.rho)
             try:
                 backward(batch, count)
@@ -68,26 +65,3 @@ class SAM(Technique):
             return loss
 
         return perturbed
-
-
-@torch.no_grad()
-def perturb(parameters: Sequence[nn.Parameter], rho: float) -> list[Tensor]:
-    """w <- w + rho g / ||g||, and drop the gradients. Returns copies of the weights as they were."""
-    if not parameters:
-        return []
-    scale = rho / (get_total_norm([p.grad for p in parameters if p.grad is not None]) + 1e-12)
-    copies: list[Tensor] = []
-    for p in parameters:
-        assert p.grad is not None
-        copies.append(p.detach().clone())
-        p.add_(p.grad.mul_(scale.to(p.grad.dtype)))
-        # One at a time, so that the copies take the gradients' place in memory.
-        p.grad = None
-    return copies
-
-
-@torch.no_grad()
-def restore(parameters: Sequence[nn.Parameter], copies: Sequence[Tensor]) -> None:
-    """Put the copies back."""
-    for p, copy in zip(parameters, copies, strict=True):
-        p.copy_(copy)

@@ -1,6 +1,6 @@
 """Stochastic gradient descent with momentum.
 
-    v <- mu v + g            (first step: v = g)
+    v <- mu v + (1 - d) g    (first step: v = g)         d: dampening, 0 unless set
     w <- w - lr v            Nesterov: w <- w - lr (g + mu v)
 
 with g <- g + wd w before. Papers: Polyak, "Some methods of speeding up the convergence of iteration methods", 1964;
@@ -48,6 +48,8 @@ class SGD(Technique):
     """Learning rate before the schedule."""
     momentum: float = 0.9
     """mu; 0 keeps no state."""
+    dampening: float = 0.0
+    """d: the gradient's part is 1 - d of it, but for the first; 0 adds all of it."""
     nesterov: bool = False
     """Look ahead along the momentum."""
     weight_decay: float = 0.0
@@ -59,6 +61,11 @@ class SGD(Technique):
         at_least(0, self, "lr", "weight_decay")
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be in [0, 1), not {self.momentum}.")
+        if not 0 <= self.dampening <= 1:
+            raise UserError(f"dampening must be in [0, 1], not {self.dampening}.")
+        if self.dampening and (self.nesterov or not self.momentum):
+            what = "nesterov is made for an undamped momentum." if self.momentum else "there is no momentum to dampen."
+            raise UserError(what, "dampening", "Leave it out.")
         if self.nesterov and not self.momentum:
             raise UserError("nesterov looks ahead along the momentum, which is 0.", "", "Set momentum, such as 0.9.")
 
@@ -71,6 +78,7 @@ class SGD(Technique):
                 param_groups(groups, self.lr, self.weight_decay),
                 lr=self.lr,
                 momentum=self.momentum,
+                dampening=self.dampening,
                 nesterov=self.nesterov,
                 # On a CPU it leaves most weights of 16 bits as they are (pytorch/pytorch#191763).
                 fused=all(p.device.type != "cpu" or p.dtype.itemsize > 2 for p in params),
@@ -82,8 +90,9 @@ class SGD(Technique):
         return rule
 
 
+@torch.no_grad()
 def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """v = 0 for weights that get their first gradient, which makes v = g in this step.
+    """The v from which this step makes v = g, for weights that get their first gradient: 0, or d g / mu if damped.
 
     The fused update itself takes only all weights or none of a group to be in their first step, and a parameter may
     well get its first gradient later than others.
@@ -91,4 +100,8 @@ def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None and "momentum_buffer" not in optimizer.state[p]:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                start = torch.zeros_like(p)
+                if group["dampening"]:
+                    start.add_(p.grad).add_(p, alpha=group["weight_decay"])
+                    start.mul_(group["dampening"] / group["momentum"])
+                optimizer.state[p]["momentum_buffer"] = start

@@ -1,0 +1,1 @@
+"""What methods of sparse training share: masks, how many weights each layer keeps, scores, drop and growth."""
