@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -49,5 +49,5 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     if not tensors:
         return []
     wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
-    found = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
+    found: Sequence[Any] = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
     return [norm.full_tensor() if is_traceable_wrapper_subclass(norm) else norm for norm in found]

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def hidden_units(model: nn.Module, where: str = "") -> list[Units]:
         if _linear(module, "up") and _linear(module, "down"):
             into = [name for name in ("up", "gate") if _linear(module, name)]
             sides = [Side(f"{path}.{name}", 0, (1,)) for name in into] + [Side(f"{path}.down", 1, (1,))]
-            found.append(Units(path, module.up.weight.shape[0], tuple(sides)))
+            found.append(Units(path, len(module.get_parameter("up.weight")), tuple(sides)))
     return _some(found, "MLPs with layers `up` and `down`", where)
 
 
@@ -78,8 +78,9 @@ def head_units(model: nn.Module, where: str = "") -> list[Units]:
         joint, apart = _linear(module, "qkv"), _linear(module, "q") and _linear(module, "kv")
         if not ((joint or apart) and _linear(module, "proj")):
             continue
-        width, count = int(module.width), int(module.kv_heads)
-        queries = width * (int(module.heads) // count)
+        own: Any = module
+        width, count = int(own.width), int(own.kv_heads)
+        queries = width * (int(own.heads) // count)
         into = {"qkv": (queries, width, width)} if joint else {"q": (queries,), "kv": (width, width)}
         sides = [Side(f"{path}.{name}", 0, sizes) for name, sizes in into.items()]
         found.append(Units(path, count, (*sides, Side(f"{path}.proj", 1, (queries,)))))

@@ -101,7 +101,11 @@ def mean_states(model: nn.Module, forward: Callable[[], Any], where: str) -> Ten
     if last is None:
         raise UserError(f"{type(model).__name__} has no norm after its blocks.", where, "Use a house model.")
     seen = list[Tensor]()
-    handle = last.register_forward_hook(lambda module, inputs, output: seen.append(output))
+
+    def see(module: nn.Module, inputs: Any, output: Any) -> None:
+        seen.append(output)
+
+    handle = last.register_forward_hook(see)
     try:
         forward()
     finally:

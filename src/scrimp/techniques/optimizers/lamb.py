@@ -149,7 +149,7 @@ class LAMBRule(Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not self.clip or not grads:
             return None
-        norm = get_total_norm(grads)
+        norm: Any = get_total_norm(grads)
         norm = norm.full_tensor() if is_traceable_wrapper_subclass(norm) else norm
         return (self.clip / norm).clamp(max=1.0)
 
@@ -204,8 +204,9 @@ def _corrections(steps: list[Tensor], betas: tuple[float, float]) -> list[tuple[
     return list(zip((1 - betas[0] ** counts).unbind(), (1 - betas[1] ** counts).sqrt().unbind(), strict=True))
 
 
-def _moments(first: list[Tensor], second: list[Tensor], grads: Sequence[Tensor], betas: tuple[float, float]) -> None:
+def _moments(first: list[Tensor], second: list[Tensor], found: Sequence[Tensor], betas: tuple[float, float]) -> None:
     """Both moments, in place."""
+    grads = list(found)
     torch._foreach_lerp_(first, grads, 1 - betas[0])
     torch._foreach_mul_(second, betas[1])
     torch._foreach_addcmul_(second, grads, grads, 1 - betas[1])

@@ -25,7 +25,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -103,7 +103,7 @@ class TokenDrop(Technique):
             # The sample's number has the seed in it already; the key tells layers apart, and from dropout's sites.
             key = generator(0, f"token_drop/{name}").initial_seed() & 0xFFFFFFFF
             block.add_module("token_subset", Subset(key, share, self.multiple, self.special))
-            wrap_forward(block, lambda forward, block=block: partly(block, forward))
+            wrap_forward(block, lambda forward, block=block: partly(block, cast(Any, forward)))
         return model
 
 
@@ -158,7 +158,8 @@ def partly(block: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Te
         states: Tensor | None = None,
         states_mask: Tensor | None = None,
     ) -> Tensor:
-        places = block.token_subset(x, sample) if block.training and cache is None else None
+        subset: Any = block.token_subset
+        places = subset(x, sample) if block.training and cache is None else None
         if places is None:
             return forward(x, rope, mask, sample, cache, states, states_mask)
         rope, mask = some_rope(rope, places), some_mask(mask, places)
