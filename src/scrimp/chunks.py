@@ -50,4 +50,10 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
         return []
     wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     found: Sequence[Any] = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
-    return [norm.full_tensor() if is_traceable_wrapper_subclass(norm) else norm for norm in found]
+    return [whole(norm) for norm in found]
+
+
+def whole(scalar: Any) -> Tensor:
+    """A scalar of a sharded tensor, over all its shards."""
+    sharded = bool(is_traceable_wrapper_subclass(scalar))
+    return scalar.full_tensor() if sharded else scalar

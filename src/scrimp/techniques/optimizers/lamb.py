@@ -27,9 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scrimp.chunks import chunks, norms
+from scrimp.chunks import chunks, norms, whole
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
 from scrimp.technique import Card, Technique, at_least
@@ -149,9 +148,7 @@ class LAMBRule(Optimizer):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not self.clip or not grads:
             return None
-        norm: Any = get_total_norm(grads)
-        norm = norm.full_tensor() if is_traceable_wrapper_subclass(norm) else norm
-        return (self.clip / norm).clamp(max=1.0)
+        return (self.clip / whole(get_total_norm(grads))).clamp(max=1.0)
 
     def _move(
         self, params: Sequence[nn.Parameter], group: dict[str, Any], factor: Tensor | None, adapted: bool
