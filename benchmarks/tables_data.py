@@ -16,7 +16,7 @@ def rows() -> dict[str, Any]:
 
 
 def pruning() -> str:
-    """A curve for each data set and method; the best of each share is set in bold."""
+    """A curve for each data set and method, with the number of seeds of each cell."""
     found = {name: row for name, row in rows().items() if "errors" in row}
     shares = sorted({row["kept"] for row in found.values() if row["kept"] < 1}, reverse=True)
     lines = ["| data | items kept | " + " | ".join(f"{share:.0%} kept" for share in shares) + " |",
@@ -24,28 +24,29 @@ def pruning() -> str:
     sets = dict.fromkeys(name.split(", ")[0] for name in found)
     for data in sets:
         own = {name: row for name, row in found.items() if name.startswith(f"{data}, ")}
-        best = {s: min(r["mean"] for r in own.values() if r["kept"] == s) for s in shares}
         for label in dict.fromkeys(name.split(", ")[1] for name in own if ", all" not in name):
             curve = [own.get(f"{data}, {label}, {share}") for share in shares]
-            cells = [_cell(row, best[share]) for row, share in zip(curve, shares, strict=True)]
+            cells = [_cell(row) for row in curve]
             lines.append(f"| {data} | {label} | " + " | ".join(cells) + " |")
     whole = ", ".join(f"{data} {100 * found[f'{data}, all']['mean']:.1f}" for data in sets if f"{data}, all" in found)
     cost = [f"{name.split(', ')[0]} {name.rpartition(' ')[2]} {row['seconds']:.0f} s"
             for name, row in rows().items() if ", scoring by " in name]  # fmt: skip
-    seeds = max(len(row["errors"]) for row in found.values())
-    return "\n".join([*lines, "", f"With all items: {whole}. {seeds} seeds. Scoring took: {', '.join(cost)}."])
+    return "\n".join([*lines, "", f"With all items: {whole}. Scoring took: {', '.join(cost)}."])
 
 
-def _cell(row: dict[str, Any] | None, best: float) -> str:
+def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    text = f"{100 * row['mean']:.1f} ± {100 * row['std']:.1f}"
-    return f"**{text}**" if row["mean"] == best else text
+    seeds = len(row["errors"])
+    spread = f" ± {100 * row['std']:.1f}" if seeds > 1 else ""
+    return f"{100 * row['mean']:.1f}{spread} ({seeds})"
 
 
 def crossing() -> str:
     """Error of a student by items a dimension."""
     found = {name.rpartition(" ")[2]: row for name, row in rows().items() if name.startswith("crossing, ")}
+    if not found:
+        return "Not measured yet."
     lines = ["| items a dimension | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
     for which in ("hard", "easy", "random"):
         lines.append(f"| {which} | " + " | ".join(f"{row[which]:.3f}" for row in found.values()) + " |")
