@@ -19,15 +19,15 @@ places further right, as other libraries have it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from scrimp.models.seams import Linear, matching
+from scrimp.models.seams import matching
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class Prefix(Technique):
         if self.encoder == "mlp":
             if hasattr(model, ROOT):
                 raise UserError("the model already has a prefix with an encoder.", run.where(self, "encoder"), "Use one.")
-            width = next(iter(chosen.values())).qkv.weight.shape[1]
-            root = Root(self.length, width, self.hidden, self.std)
+            like = next(iter(chosen.values())).qkv.weight
+            root = Root(self.length, like, self.hidden, self.std)
             model.add_module(ROOT, root)
         for attention in chosen.values():
             shape = (2, attention.kv_heads, self.length, attention.width)
@@ -143,35 +143,43 @@ class KeysValues(nn.Module):
 class Root(nn.Module):
     """() -> tanh(U E + a), [P, hidden]: what all layers' keys and values are made of."""
 
-    def __init__(self, length: int, width: int, hidden: int, std: float) -> None:
+    def __init__(self, length: int, like: Tensor, hidden: int, std: float) -> None:
         super().__init__()
+        width = like.shape[1]
         self.std = std
-        self.up = Linear(width, hidden, std=1 / math.sqrt(width))
-        self.weight = nn.Parameter(self.up.weight.new_empty(length, width))
+        self.weight = nn.Parameter(like.new_empty(length, width))
+        self.up = nn.Parameter(like.new_empty(hidden, width))
+        self.up_bias = nn.Parameter(like.new_empty(hidden))
 
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
-        """Normal."""
-        value.normal_(0.0, self.std, generator=generator)
+        """Normal; the matrix by its number of inputs."""
+        std = {"weight": self.std, "up": value.shape[-1] ** -0.5, "up_bias": 0.0}[name]
+        value.normal_(0.0, std, generator=generator)
 
     def forward(self) -> Tensor:
-        return torch.tanh(self.up(self.weight))
+        return torch.tanh(F.linear(self.weight, self.up, self.up_bias))
 
 
 class Encoded(nn.Module):
     """() -> a layer's keys and values [2, K, P, D], one linear layer after the root.
 
     The root belongs to the model, and is run once a layer: it is small, and a layer that is recomputed needs nothing
-    that an earlier one left.
+    that an earlier one left. No `Linear`, which other techniques' patterns of layers would find.
     """
 
     def __init__(self, shape: tuple[int, ...], root: Root) -> None:
         super().__init__()
         self.shape = shape
         self.root = (root,)  # in a tuple, so that its parameters keep one name
-        hidden = root.up.weight.shape[0]
         both, heads, _, width = shape
-        self.out = Linear(hidden, both * heads * width, std=1 / math.sqrt(hidden))
+        self.weight = nn.Parameter(root.up.new_empty(both * heads * width, len(root.up)))
+        self.bias = nn.Parameter(root.up.new_empty(both * heads * width))
+
+    def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Normal, by the number of inputs; no bias."""
+        value.normal_(0.0, 0.0 if name == "bias" else value.shape[1] ** -0.5, generator=generator)
 
     def forward(self) -> Tensor:
         both, heads, length, width = self.shape
-        return self.out(self.root[0]()).view(length, both, heads, width).permute(1, 2, 0, 3)
+        made = F.linear(self.root[0](), self.weight, self.bias)
+        return made.view(length, both, heads, width).permute(1, 2, 0, 3)
