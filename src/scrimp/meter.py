@@ -90,7 +90,12 @@ def flops_per_token(model: nn.Module, tokens: int) -> float:
     config = getattr(model, "config", None)
     tied = bool(getattr(config, "tied", False))
     tables = (".positions.weight",) if tied else (".positions.weight", ".embed.weight")
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and not f".{n}".endswith(tables))
+    weights = sum(
+        # Packed weights are two a byte.
+        p.numel() * (2 if p.dtype == torch.uint8 else 1)
+        for n, p in model.named_parameters()
+        if p.ndim >= 2 and not f".{n}".endswith(tables)
+    )
     layers = len(model.blocks) if isinstance(getattr(model, "blocks", None), nn.ModuleList) else 0  # type: ignore[arg-type]
     attention = 6 * layers * getattr(config, "heads", 0) * getattr(config, "head_dim", 0) * tokens
     return 6 * weights + attention
