@@ -88,12 +88,12 @@ def flops_per_token(model: nn.Module, tokens: int) -> float:
         tokens: length of a sequence. Recomputation is not counted.
     """
     config = getattr(model, "config", None)
-    tied = bool(getattr(config, "tied", False))
-    tables = (".positions.weight",) if tied else (".positions.weight", ".embed.weight")
+    # A tensor with several names works under each of them, but a tied head's table does so only as the head.
+    ours = type(model).__module__.startswith("scrimp.")
+    tables = (".positions.weight", ".embed.weight")
     weights = sum(
-        # Packed weights are two a byte.
-        p.numel() * (2 if p.dtype == torch.uint8 else 1)
-        for n, p in model.named_parameters()
+        p.numel() * (2 if p.dtype == torch.uint8 else 1)  # packed weights are two a byte
+        for n, p in model.named_parameters(remove_duplicate=not ours)
         if p.ndim >= 2 and not f".{n}".endswith(tables)
     )
     layers = len(model.blocks) if isinstance(getattr(model, "blocks", None), nn.ModuleList) else 0  # type: ignore[arg-type]

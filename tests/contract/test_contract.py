@@ -97,7 +97,7 @@ def test_renames_no_parameter(name: str) -> None:
     lost = run.base - names
     added = names - run.base
     card = technique_class(name).card
-    removes = {"depth schedule", "width schedule", "normalization"} & set(card.sets)
+    removes = {"depth schedule", "width schedule", "normalization", "shared blocks"} & set(card.sets)
     assert not lost or removes, f"renamed or lost: {sorted(lost)[:3]}"
     assert not (lost and added) or removes, f"renamed: {sorted(lost)[:3]} to {sorted(added)[:3]}"
     tuning = card.section == "Parameter-efficient tuning"
