@@ -51,6 +51,7 @@ class QuantizedBase(Technique):
             "sparsity": "Masks and scores are of weights that are trained, and packed ones are not.",
             "width schedule": "Packed weights are as wide as they are.",
             "initialization": "It fills or scales weights that are given and packed.",
+            "shared blocks": "Shared weights are trained; export them, and pack the export.",
         },
         phase={"model": "frozen", "init": "packed", "carry": "packed", "export": "packed"},
         example={"targets": "attention.*|mlp.*"},

@@ -122,7 +122,8 @@ class Side(nn.Module):
         if cache is not None and len(cache) == count:
             # The side's keys and values go behind the model's.
             cache.extend([] for _ in range(count))
-        own = self.down(states[0])
+        # In the type of the model's states, which autocast leaves wide.
+        own = self.down(states[0]).to(states[0].dtype)
         for i, rung in enumerate(self.rungs):
             own = rung(states[i + 1], own, rope, mask, sample, cache[count + i] if cache is not None else None)
         return states[-1] + self.up(self.norm(own))
