@@ -73,7 +73,7 @@ def example(name: str, **settings: Any) -> Technique:
     return kind(**{**kind.card.example, **settings})
 
 
-HOME = {"flip": "contrastive", "mae": "masked-image, mask tokens", "mass": "fragment"}
+HOME = {"flip": "contrastive", "mae": "masked-image, mask tokens", "mass": "fragment", "vpt": "masked-image"}
 """Techniques of one task only -> that task's entry in `tiny_tasks.TINY`, where they are tried."""
 
 

@@ -88,9 +88,14 @@ def flops_per_token(model: nn.Module, tokens: int) -> float:
         tokens: length of a sequence. Recomputation is not counted.
     """
     config = getattr(model, "config", None)
-    tied = bool(getattr(config, "tied", False))
-    tables = (".positions.weight",) if tied else (".positions.weight", ".embed.weight")
-    weights = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and not f".{n}".endswith(tables))
+    # A tensor with several names works under each of them, but a tied head's table does so only as the head.
+    ours = type(model).__module__.startswith("scrimp.")
+    tables = (".positions.weight", ".embed.weight")
+    weights = sum(
+        p.numel() * (2 if p.dtype == torch.uint8 else 1)  # packed weights are two a byte
+        for n, p in model.named_parameters(remove_duplicate=not ours)
+        if p.ndim >= 2 and not f".{n}".endswith(tables)
+    )
     layers = len(model.blocks) if isinstance(getattr(model, "blocks", None), nn.ModuleList) else 0  # type: ignore[arg-type]
     attention = 6 * layers * getattr(config, "heads", 0) * getattr(config, "head_dim", 0) * tokens
     return 6 * weights + attention

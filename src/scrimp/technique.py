@@ -61,8 +61,8 @@ SLOTS: Final[dict[str, str]] = {
 PHASES: Final[dict[str, tuple[str, ...]]] = {
     "model": ("sizes", "architecture", "seams", "frozen"),
     "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
-    "init": ("fill", "scale"),
-    "carry": ("rewind", "grow", "widen", "masked"),
+    "init": ("fill", "scale", "packed"),
+    "carry": ("rewind", "grow", "widen", "masked", "packed"),
     "optimizer": ("rule", "states"),
     "schedule": ("shape", "warm-up", "time", "rounds"),
     "items": ("filter", "sample"),
@@ -71,7 +71,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
     "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
     "evaluate": ("masked", "averaged"),
-    "export": ("whole", "folded", "collapsed", "merged", "averaged"),
+    "export": ("whole", "folded", "collapsed", "merged", "averaged", "packed"),
 }
 """The order within a slot, innermost first: a later phase wraps an earlier one.
 

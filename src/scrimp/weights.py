@@ -93,7 +93,8 @@ def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> Non
     """
     done = set(skip or ())
     for path, module in model.named_modules():
-        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in done}
+        # Packed weights are integers, and filled by what packs them.
+        own = {n: p for n, p in module.named_parameters(recurse=False) if id(p) not in done and p.is_floating_point()}
         done |= {id(p) for p in own.values()}
         if not own or any(isinstance(p, FakeTensor) for p in own.values()):
             continue

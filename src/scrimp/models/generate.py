@@ -66,7 +66,7 @@ def generate(
         ids, [T + added].
     """
     config: Any = model.config
-    context: int = config.context
+    context: int = getattr(model, "room", config.context)
     blocks: int = config.layers
 
     def logits(fresh: Tensor, cache: Cache) -> Tensor:

@@ -65,7 +65,12 @@ class AttentionCore(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one projection for q, k and v. Shapes: x [B, T, C] -> [B, T, C]."""
+    """Multi-head self-attention with one projection for q, k and v. Shapes: x [B, T, C] -> [B, T, C].
+
+    Attributes:
+        prefix: a seam: () -> keys and values [2, K, P, D] that every token sees before the others', or None. They have
+            no positions, and no cache keeps them.
+    """
 
     def __init__(self, c: Trunk, out_std: float, causal: bool) -> None:
         super().__init__()
@@ -77,6 +82,7 @@ class Attention(nn.Module):
         self.proj = Linear(c.heads * c.head_dim, c.width, c.bias, out_std)
         self.q_norm = Norm(c.head_dim, "rmsnorm", c.norm_eps) if c.qk_norm else None
         self.k_norm = Norm(c.head_dim, "rmsnorm", c.norm_eps) if c.qk_norm else None
+        self.prefix: nn.Module | None = None
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: list[Tensor] | None
@@ -94,8 +100,21 @@ class Attention(nn.Module):
                 k, v = torch.cat([cache[0], k], 2), torch.cat([cache[1], v], 2)
                 causal = causal and tokens > 1
             cache[:] = [k, v]
-        y = self.core(q, k, v, causal, mask)
+        y = self.core(q, k, v, causal, mask) if self.prefix is None else self._behind_prefix(q, k, v, causal, mask)
         return self.proj(y.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def _behind_prefix(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+        """Attention that sees the prefix as well: as many queries as keys keep the kernel's causal mask right."""
+        assert self.prefix is not None
+        first, second = self.prefix().to(k.dtype).expand(len(k), -1, -1, -1, -1).unbind(1)
+        count = first.shape[2]
+        k, v = torch.cat([first, k], 2), torch.cat([second, v], 2)
+        if mask is not None:
+            every = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+            mask = torch.cat([every((*mask.shape[:3], count)), mask], 3)
+        if not causal:
+            return self.core(q, k, v, False, mask)
+        return self.core(F.pad(q, (0, 0, count, 0)), k, v, True, None)[:, :, count:]
 
 
 class CrossAttention(nn.Module):
@@ -146,7 +165,7 @@ def activated(x: Tensor, kind: str) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP on a residual stream; a decoder's attends to an encoder's states in between.
 
-    `attention_scale`, `cross_scale` and `mlp_scale` are seams on the branches.
+    `enter` is a seam on what comes in; `attention_scale`, `cross_scale` and `mlp_scale` are seams on the branches.
 
     Args:
         index: place among all blocks of the model; keys dropout.
@@ -158,6 +177,7 @@ class Block(nn.Module):
         super().__init__()
         out_std = c.init_std / math.sqrt((3 if states else 2) * c.layers)
         self.pre = c.norm_at == "pre"
+        self.enter: nn.Module = nn.Identity()
         self.attention_norm: nn.Module = Norm(c.width, c.norm, c.norm_eps, c.bias)
         self.attention = Attention(c, out_std, causal)
         self.attention_scale: nn.Module = nn.Identity()
@@ -192,7 +212,7 @@ class Block(nn.Module):
             cache: keys and values of the tokens before, for generation.
             states: of an encoder, [B, S, C'], and which of them count, [B, 1, 1, S].
         """
-        x = self._branch(x, self.attention_norm, lambda y: self.dropout(
+        x = self._branch(self.enter(x), self.attention_norm, lambda y: self.dropout(
             self.attention_scale(self.attention(y, rope, mask, cache)), sample))  # fmt: skip
         if self.cross is not None:
             assert states is not None

@@ -135,7 +135,13 @@ def positions_of(c: PatchConfig, width: int) -> Embedding | SinCos:
 
 
 class PatchEncoder(nn.Module):
-    """Patches, positions and blocks; a model derives from it and adds its head and `forward`."""
+    """Patches, positions and blocks; a model derives from it and adds its head and `forward`.
+
+    Attributes:
+        prompts: a seam: () -> vectors [prepended, C] that go between the class token and the patches, and are cut off
+            again before the last norm.
+        prepended: how many they are.
+    """
 
     def __init__(self, config: PatchConfig) -> None:
         super().__init__()
@@ -145,6 +151,8 @@ class PatchEncoder(nn.Module):
         self.patches = Linear(c.values, c.width, c.bias, max(c.values, 1) ** -0.5)
         self.class_token = Embedding(1, c.width, c.init_std) if c.class_token else None
         self.positions = positions_of(c, c.width)
+        self.prompts: nn.Module = nn.Identity()
+        self.prepended = 0
         self.dropout = Dropout(c.dropout, site=0)
         self.blocks = nn.ModuleList(Block(c, i, causal=False) for i in range(c.layers))
         self.norm: nn.Module = Norm(c.width, c.norm, c.norm_eps, c.bias) if c.norm_at == "pre" else nn.Identity()
@@ -179,6 +187,11 @@ class PatchEncoder(nn.Module):
             start = self.class_token(zero) + self.positions(zero)
             x = torch.cat([start.expand(batch, 1, -1).to(x.dtype), x], 1)
         x = self.dropout(x, sample)
+        if self.prepended:
+            prompts = self.prompts().to(x.dtype).expand(batch, -1, -1)
+            x = torch.cat([x[:, : self.first], prompts, x[:, self.first :]], 1)
         for block in self.blocks:
             x = block(x, None, None, sample)
+        if self.prepended:
+            x = torch.cat([x[:, : self.first], x[:, self.first + self.prepended :]], 1)
         return self.norm(x)

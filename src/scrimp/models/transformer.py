@@ -94,7 +94,16 @@ class Transform(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks, head."""
+    """Embeddings, blocks, head.
+
+    Attributes:
+        prompts: a seam: () -> vectors [prepended, C] that go before the embedded tokens, and are cut off again before
+            the last norm.
+        prepended: how many they are.
+        shift: by how many places the tokens stand further right than without.
+        side: a seam, where a technique adds it: (states before the first and after each block, rope, mask, sample,
+            cache) -> the states that the last norm sees.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -105,6 +114,9 @@ class Transformer(nn.Module):
         self.positions = Embedding(rows, c.width, c.init_std) if c.positions == "learned" else None
         self.segments = Embedding(c.segments, c.width, c.init_std) if c.segments else None
         self.embed_norm = Norm(c.width, c.norm, c.norm_eps, c.bias) if c.embed_norm else None
+        self.prompts: nn.Module = nn.Identity()
+        self.prepended = self.shift = 0
+        self.side: nn.Module | None = None
         self.dropout = Dropout(c.dropout, site=0)
         self.blocks = nn.ModuleList(Block(c, i, c.causal) for i in range(c.layers))
         self.norm: nn.Module = Norm(c.width, c.norm, c.norm_eps, c.bias) if c.norm_at == "pre" else nn.Identity()
@@ -169,10 +181,10 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
     ) -> Tensor:
         """What the last block leaves, after the last norm: [B, T, C]."""
-        past = cache[0][0].shape[2] if cache and cache[0] else 0
-        if past + tokens.shape[1] > self.config.context:
-            raise ValueError(f"{past + tokens.shape[1]} tokens exceed the model's context of {self.config.context}.")
-        place = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        past = cache[0][0].shape[2] - self.prepended if cache and cache[0] else 0
+        if past + tokens.shape[1] > self.room:
+            raise ValueError(f"{past + tokens.shape[1]} tokens exceed the model's context of {self.room}.")
+        place = torch.arange(self.shift + past, self.shift + past + tokens.shape[1], device=tokens.device)
         if documents is not None:
             place = place - firsts(documents)
         x = self.embed_scale(self.embed(tokens))
@@ -180,16 +192,52 @@ class Transformer(nn.Module):
             x = x + self.positions(place + self.config.position_offset)
         if self.segments is not None:
             x = x + self.segments(torch.zeros_like(tokens) if segments is None else segments)
+        mask = seen(tokens, self.config.causal, attended, documents)
+        count = 0 if past else self.prepended
+        if count:
+            x, place = self._behind_prompts(x, place)
+            mask = None if mask is None else beside(mask, count, self.config.causal)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         rope = rotary(place, self.config, x.dtype) if self.config.positions == "rotary" else None
-        mask = seen(tokens, self.config.causal, attended, documents)
         if mask is not None and documents is not None and attended is None:
             mask = added(mask, x)
-        x = self.dropout(x, sample)
+        x = self.through(self.dropout(x, sample), rope, mask, sample, cache)
+        return self.norm(x[:, count:])
+
+    def through(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        sample: Tensor | None,
+        cache: list[list[Tensor]] | None,
+    ) -> Tensor:
+        """What the blocks make of embedded tokens: [B, T, C] -> [B, T, C]; the other arguments are those of a block."""
+        states = [] if self.side is None else [x]
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, sample, cache[i] if cache is not None else None)
-        return self.norm(x)
+            if self.side is not None:
+                states.append(x)
+        return x if self.side is None else self.side(states, rope, mask, sample, cache)
+
+    @property
+    def room(self) -> int:
+        """How many tokens fit: the context, less what learned positions have no row for."""
+        return self.config.context - (self.shift if self.positions is not None else 0)
+
+    def _behind_prompts(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded tokens [B, T, C] and their places [T] or [B, T], with the prompts before them.
+
+        Prompts have the places before the tokens' first. Where no row of the learned positions is theirs, they do
+        without: what is trained would take it in.
+        """
+        prompts = self.prompts().to(x.dtype)  # [P, C]
+        before = torch.arange(self.shift - self.prepended, self.shift, device=x.device)
+        if self.positions is not None and self.shift:
+            prompts = prompts + self.positions(before + self.config.position_offset)
+        before = before.expand(*place.shape[:-1], -1)
+        return torch.cat([prompts.expand(len(x), -1, -1), x], 1), torch.cat([before, place], -1)
 
     def pooled(self, x: Tensor, attended: Tensor | None) -> Tensor:
         """States [B, T, C] -> what stands for the sequence, [B, C]."""
@@ -239,6 +287,20 @@ def seen(tokens: Tensor, causal: bool, attended: Tensor | None, documents: Tenso
         before = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
         mask = mask & before
     return mask
+
+
+def beside(mask: Tensor, count: int, causal: bool) -> Tensor:
+    """A boolean mask [B, 1, T, T] or [B, 1, 1, T] with `count` prompts before the tokens.
+
+    Every token sees the prompts; of several documents, so does every one, and the prompts see themselves only.
+    """
+    rows = mask.shape[2]
+    mask = torch.cat([mask.new_ones(len(mask), 1, rows, count), mask], 3)
+    if rows == 1:
+        return mask
+    above = mask.new_ones(count, count)
+    above = torch.cat([above.tril() if causal else above, mask.new_zeros(count, rows)], 1)
+    return torch.cat([above.expand(len(mask), 1, -1, -1), mask], 2)
 
 
 def added(mask: Tensor, x: Tensor) -> Tensor:
