@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -229,15 +228,20 @@ class Host:
         with torch.cuda.stream(out):
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor, non_blocking=True)
-            left = out.record_event()
+        left = torch.cuda.Event()
+        left.record(out)
         self.leaving.append((tensor, left))
         self.held += tensor.nbytes
-        while self.held > self.buffer or (self.leaving and self.leaving[0][1].query()):
+        self._let_go(self.buffer)
+        return Pinned(host, left)
+
+    def _let_go(self, most: int) -> None:
+        """Hold no more tensors that are on their way out than so many bytes, but for those that have left."""
+        while self.leaving and (self.held > most or self.leaving[0][1].query()):
             # What is freed on this stream after the event is not written over before it was copied.
             oldest, event = self.leaving.popleft()
-            here.wait_event(event)
+            torch.cuda.current_stream(oldest.device).wait_event(event)
             self.held -= oldest.nbytes
-        return Pinned(host, left)
 
     def fetch(self, kept: Pinned) -> bool:
         """Copy to the device beside the computation."""
@@ -245,18 +249,19 @@ class Host:
         if kept.back is None:
             device = self.streams[1].device
             kept.back = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=device)
-            # The memory may have been used by what this stream has yet to compute.
+            # The memory may still be in use by what was launched before.
             self.streams[1].wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self.streams[1]):
                 self.streams[1].wait_event(kept.left)
                 kept.back.copy_(kept.host, non_blocking=True)
-                kept.arrived = self.streams[1].record_event()
+            kept.back.record_stream(self.streams[1])
+            kept.arrived = torch.cuda.Event()
+            kept.arrived.record(self.streams[1])
         return True
 
     def take(self, kept: Pinned, like: Moved) -> Tensor:
         """The computation waits until it is there."""
-        self.leaving.clear()
-        self.held = 0
+        self._let_go(0)
         self.fetch(kept)
         assert kept.back is not None
         assert kept.arrived is not None
