@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import RLock
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from scrimp.errors import UserError
 
@@ -73,10 +73,12 @@ class Spill:
     def __init__(self, folder: Path, buffer: int) -> None:
         self.folder = folder
         try:
-            self.file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0, prefix="scrimp-")  # noqa: SIM115
+            with tempfile.TemporaryFile(dir=folder, prefix="scrimp-") as file:
+                self.fd = os.dup(file.fileno())
         except OSError as error:
             raise self._failed(error) from None
-        self.direct = _around_the_cache(self.file.fileno())
+        weakref.finalize(self, os.close, self.fd)
+        self.direct = _around_the_cache(self.fd)
         self.end, self.live, self.lock = 0, 0, RLock()
         self.left: dict[int, list[int]] = {}
         """size -> places that are free again."""
@@ -141,7 +143,7 @@ class Spill:
             check = zlib.crc32(memoryview(buffer)[:size])
             whole, done = _sectors(size), 0
             while done < whole:
-                done += os.pwrite(self.file.fileno(), memoryview(buffer)[done:whole], place + done)
+                done += os.pwrite(self.fd, memoryview(buffer)[done:whole], place + done)
             self._forget(place, whole, written=True)
             return check
         finally:
@@ -152,7 +154,7 @@ class Spill:
         whole, done = _sectors(piece.size), 0
         while done < whole:
             try:
-                count = os.preadv(self.file.fileno(), [memoryview(buffer)[done:whole]], piece.place + done)
+                count = os.preadv(self.fd, [memoryview(buffer)[done:whole]], piece.place + done)
             except OSError as error:
                 raise self._failed(error) from None
             done += count
@@ -179,8 +181,8 @@ class Spill:
         """Take a piece out of the page cache; what is not on disk yet cannot be taken out."""
         if not self.direct and hasattr(os, "posix_fadvise"):
             if written:
-                os.fdatasync(self.file.fileno())
-            os.posix_fadvise(self.file.fileno(), place, size, os.POSIX_FADV_DONTNEED)
+                os.fdatasync(self.fd)
+            os.posix_fadvise(self.fd, place, size, os.POSIX_FADV_DONTNEED)
 
     def _place(self, size: int) -> int:
         """Where to write so many bytes. Sizes recur every step, so that each place is used again for the same."""

@@ -119,6 +119,7 @@ class Store(Protocol):
 
     def fetch(self, kept: Any) -> bool:
         """Begin to bring it back; returns whether there was room."""
+        ...
 
     def take(self, kept: Any, like: Moved) -> Tensor:
         """The tensor, once it is back."""
