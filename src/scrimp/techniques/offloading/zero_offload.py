@@ -90,13 +90,11 @@ class ZeroOffload(Technique):
         return beside
 
     def step(self, step: Step, run: Run) -> Step:
-        """A step that is skipped still makes the update that is due."""
+        """The update that is due comes first, also before a step that is skipped."""
 
         def delayed() -> bool:
-            updated = step()
-            if not updated:
-                _optimizer(run).settle()
-            return updated
+            _optimizer(run).settle()
+            return step()
 
         return delayed
 
@@ -139,8 +137,7 @@ class HostUpdate(Several):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """The update that is due, and this step's or its delay."""
-        self.settle()
+        """This step's update, or its delay."""
         grads = {n: p.grad for n, p in self.names.items()}
         rates = [float(group["lr"]) for group in self.param_groups]
         if not self.technique.late(self.run)[1]:
