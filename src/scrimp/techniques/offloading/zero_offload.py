@@ -57,7 +57,7 @@ class ZeroOffload(Technique):
         saves="12 of 16 bytes a weight on a GPU, with Adam",
         costs="gradients and weights cross the bus each step",
         sets=("place of optimizer states",),
-        phase={"optimizer": "states", "step": "delayed"},
+        phase={"carry": "rewind", "optimizer": "states", "step": "delayed"},
         emulated=("cpu",),
         example={"delay": True, "warmup": "2 step"},
         neutral={"delay": False},
