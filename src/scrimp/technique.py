@@ -69,7 +69,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "batch": ("length", "resolution", "augment"),
     "loss": ("items", "auxiliary", "scaled"),
     "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
-    "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
+    "step": ("averaged", "updated", "clipped", "masked", "unscaled", "delayed"),
     "evaluate": ("masked", "averaged"),
     "export": ("whole", "folded", "collapsed", "merged", "averaged", "packed"),
 }
