@@ -1,7 +1,7 @@
 """Tensors that live in a file: what states, weights and gradients on disk share.
 
 A `Scratch` is one unnamed file. No other process can open it, no later run can mistake it for its own, and the system
-frees it when the process ends, even by kill -9. Space is claimed up front, so that a full disk is an error at the start.
+frees it when the process ends, even by kill -9. Space is claimed when it is asked for, so that a full disk shows early.
 An `Extent` is a piece of it for one tensor, beginning on a page. There are two ways to its bytes:
 
     read, write    past the page cache (O_DIRECT) where the file system allows, into page-aligned buffers
@@ -12,6 +12,7 @@ The system keeps both in step; a write past the page cache drops what the cache 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -20,7 +21,7 @@ import weakref
 import zlib
 from math import prod
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from scrimp.errors import UserError
 
 PAGE: Final = 4096
 """Bytes to which addresses, offsets and lengths are aligned."""
+SMALL: Final = 1 << 16
+"""Bytes below which a tensor's pages are left to the system: waiting for a disk costs more than they do."""
+LIBC: Final = ctypes.CDLL(None)
 
 
 class Scratch:
@@ -67,13 +71,13 @@ class Scratch:
         fix = "Set `folder` to a folder on a disk with room; the last checkpoint is intact."
         return UserError(f"{what} ({self.folder}).", self.where, fix)
 
-    def extent(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Extent:
+    def extent(self, shape: torch.Size, dtype: torch.dtype) -> Extent:
         """Room for a tensor, all zeros.
 
         Raises:
             UserError: if the disk is full.
         """
-        extent = Extent(self, self.size, torch.Size(shape), dtype)
+        extent = Extent(self, self.size, shape, dtype)
         self.size += extent.room
         try:
             if hasattr(os, "posix_fallocate"):
@@ -156,8 +160,8 @@ class Extent:
         self.sums.clear()
         if self._map is None:
             self._map = mmap.mmap(self.file.fd, self.room, offset=self.offset)
-        flat = torch.frombuffer(self._map, dtype=self.dtype, count=max(prod(self.shape), 1))
-        return marked(flat[: prod(self.shape)].view(self.shape), self)
+        flat = marked(torch.frombuffer(self._map, dtype=self.dtype, count=max(prod(self.shape), 1)), self)
+        return flat[: prod(self.shape)].view(self.shape)
 
     def fetch(self) -> None:
         """Begin to read its pages, without waiting."""
@@ -166,12 +170,10 @@ class Extent:
 
     def settle(self) -> None:
         """Write its changed pages and take none of the memory any more; the next use reads them again."""
-        if self._map is None:
+        if self._map is None or self.bytes < SMALL:
             return
-        try:
-            self._map.flush()
-        except OSError as error:
-            raise self.file.error(f"cannot write: {error.strerror}") from None
+        if written(self.file.fd, self.offset, self.room) != 0:
+            raise self.file.error("cannot write")
         if hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise"):
             self._map.madvise(mmap.MADV_DONTNEED)
             os.posix_fadvise(self.file.fd, self.offset, self.room, os.POSIX_FADV_DONTNEED)
@@ -180,15 +182,15 @@ class Extent:
 class Imagined:
     """An extent of a plan: tensors without values, and no file."""
 
-    def __init__(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = torch.Size(shape), dtype, device
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
         self._tensor: Tensor | None = None
 
     def mapped(self) -> Tensor:
         """A tensor that a plan counts as no memory."""
         if self._tensor is None:
             # Marked while it is empty: what makes it larger is then seen as what it is.
-            empty = marked(torch.empty(0, dtype=self.dtype, device=self.device), self)
+            empty = marked(torch.empty(0, dtype=self.dtype), self)
             self._tensor = empty.resize_(self.shape)
         return self._tensor
 
@@ -205,6 +207,15 @@ def aligned(size: int) -> Tensor:
     raw = torch.empty(size + PAGE, dtype=torch.uint8)
     skip = 0 if detect_fake_mode() is not None else -raw.data_ptr() % PAGE
     return raw[skip : skip + size]
+
+
+def written(fd: int, offset: int, length: int) -> int:
+    """Wait until changed pages of a file are on disk, without the journal, which nobody will read; 0 if they are."""
+    whole: Any = getattr(LIBC, "sync_file_range", None)
+    if whole is None:
+        os.fsync(fd)
+        return 0
+    return whole(ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(7))
 
 
 def marked(tensor: Tensor, extent: Extent | Imagined) -> Tensor:

@@ -30,7 +30,7 @@ from torch._guards import detect_fake_mode
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch, settle
+from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch
 from scrimp.errors import UserError
 from scrimp.groups import Group, parts
 from scrimp.technique import Card, Technique, at_least
@@ -123,16 +123,16 @@ def elementwise(rule: Optimizer) -> bool:
 class Moments(MutableMapping[str, Tensor]):
     """The states of one parameter. Scalars, such as a count of steps, stay in memory."""
 
-    def __init__(self, file: Scratch | None, device: torch.device) -> None:
-        self.file, self.device = file, device
+    def __init__(self, file: Scratch | None) -> None:
+        self.file = file
         self.scalars: dict[str, Tensor] = {}
         self.extents: dict[str, Extent | Imagined] = {}
 
     def extent(self, moment: str, like: Tensor, shape: torch.Size) -> Extent | Imagined:
         """Where a moment is; made when it is new."""
         if moment not in self.extents:
-            made = Imagined(shape, like.dtype, self.device) if self.file is None else self.file.extent(shape, like.dtype)
-            self.extents[moment] = made
+            imagined = self.file is None
+            self.extents[moment] = Imagined(shape, like.dtype) if imagined else self.file.extent(shape, like.dtype)
         return self.extents[moment]
 
     def __getitem__(self, moment: str) -> Tensor:
@@ -164,7 +164,7 @@ class States(defaultdict[nn.Parameter, Any]):
         self.file = file
 
     def __missing__(self, p: nn.Parameter) -> Moments:
-        self[p] = Moments(self.file, p.device)
+        self[p] = Moments(self.file)
         return self[p]
 
 
