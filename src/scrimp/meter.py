@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
+from scrimp.disk import extent_of
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live storages made inside the context, and their peak. Works on real and on fake tensors.
@@ -57,9 +59,9 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    """The memory behind a tensor; that of its parts when it is a wrapper of others."""
+    """The memory behind a tensor; that of its parts when it is a wrapper of others, none of one that lies on disk."""
     if not is_traceable_wrapper_subclass(tensor):
-        return [tensor.untyped_storage()]
+        return [tensor.untyped_storage()] if extent_of(tensor) is None else []
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     parts = [getattr(tensor, name) for name in names]
     return [storage for part in parts if isinstance(part, torch.Tensor) for storage in storages(part)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from scrimp.disk import settle
 from scrimp.draws import generator
 from scrimp.errors import UserError, did_you_mean
 from scrimp.models.seams import matching
@@ -50,11 +51,16 @@ def freeze(model: nn.Module, techniques: Sequence[Technique], task: Sequence[str
 
 
 def materialize(model: nn.Module, device: torch.device) -> nn.Module:
-    """Meta tensors -> memory on the device. Shared parameters stay shared; `refill` fills what is no parameter."""
+    """Meta tensors -> memory on the device. Shared parameters stay shared; `refill` fills what is no parameter.
+
+    Parameters that a technique gave memory of their own keep it.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
-            if id(p) not in made:
+            if id(p) not in made and p.device.type != "meta":
+                made[id(p)] = p
+            elif id(p) not in made:
                 made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
             module.register_parameter(name, made[id(p)])
         for name, b in module.named_buffers(recurse=False):
@@ -103,6 +109,7 @@ def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> Non
             value = torch.empty(p.shape, dtype=torch.float32)
             fill(name, value, generator(seed, f"{path}.{name}" if path else name))  # type: ignore[misc]
             p.copy_(value)
+            settle(p)
         if fill is None:
             reset = getattr(module, "reset_parameters", None)
             if reset is None:
@@ -144,3 +151,4 @@ def load_weights(model: nn.Module, given: Mapping[str, Tensor], needed: Callable
         raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", fix)
     for name, tensor in given.items():
         own[name].copy_(tensor)
+        settle(own[name])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -80,6 +80,9 @@ class LionRule(Optimizer):
     Raises:
         ValueError: if lr or weight_decay is negative, or a beta is outside [0, 1).
     """
+
+    elementwise: ClassVar = True
+    """Whether pieces of a tensor may be updated like the whole."""
 
     def __init__(
         self, params: Any, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
