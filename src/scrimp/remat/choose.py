@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
 
 from scrimp.errors import UserError
 from scrimp.limits import size_of
 from scrimp.remat.chain import Piece, Schedule, best_segment, every, everything, segments, simulate
-from scrimp.remat.executor import Policy, Scheduled
+from scrimp.remat.executor import Call, Policy, Scheduled
 from scrimp.remat.given import Forward, Given
-from scrimp.remat.measure import measured, rerun
+from scrimp.remat.measure import Link, measured, reruns
 from scrimp.remat.rotor import least, optimal
 from scrimp.remat.selective import SAVES, Save, checkpointed
 
@@ -47,19 +51,19 @@ class Choice:
     policy: Callable[[], Policy | None]
 
 
-def policy(mode: str, budget: str | float, segment: int, forwards: Sequence[Forward], given: Given) -> Policy | None:
+def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], given: Given) -> Policy | None:
     """What plays the chain; None keeps all.
 
     Raises:
         UserError: if the budget is less than any schedule needs.
     """
-    pieces = measured(forwards, given)
+    pieces = measured(links, given)
     if mode == "sqrt":
         return Scheduled(segments(len(pieces), segment or best_segment(pieces)))
     room = bytes_of(budget, pieces)
     if mode == "optimal":
         return Scheduled(_found(optimal(pieces, room), pieces, room))
-    fits = [choice for choice in choices(pieces, room, forwards, given) if choice.bytes <= room]
+    fits = [choice for choice in choices(pieces, room, links, given) if choice.bytes <= room]
     if not fits:
         _found(None, pieces, room)
     return min(fits, key=lambda choice: choice.cost).policy()
@@ -72,12 +76,12 @@ def bytes_of(budget: str | float, pieces: Sequence[Piece]) -> int:
     return int(budget * everything(pieces) if budget <= 1 else budget)
 
 
-def choices(pieces: Sequence[Piece], room: int, forwards: Sequence[Forward], given: Given) -> list[Choice]:
+def choices(pieces: Sequence[Piece], room: int, links: Sequence[Link], given: Given) -> list[Choice]:
     """Ways to run a chain, the simplest first."""
     count = len(pieces)
     found = [Choice("none", everything(pieces), 0.0, lambda: None)]
     for save in SAVES:
-        kept = [rerun(checkpointed(f, False, save), given) for f in forwards]
+        kept = reruns(links, partial(checkpointed, draws=False, save=save), given)
         held = sum(p.input + pack for p, (pack, _) in zip(pieces, kept, strict=True)) + max(p.full for p in pieces)
         policy = Selective(save, given.draws)
         found.append(Choice(f"selective {save}", held, sum(cost for _, cost in kept), lambda policy=policy: policy))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from torch.utils._pytree import tree_map_only
@@ -26,19 +27,48 @@ def price(ops: Sequence[Op]) -> float:
     return sum(max(op.flops, BALANCE * (op.read + op.written)) for op in ops)
 
 
-def measured(forwards: Sequence[Forward], given: Given) -> list[Piece]:
-    """The pieces of a chain; every block gets the other arguments of the first.
+@dataclass(frozen=True)
+class Link:
+    """A block of a chain: what it runs, and what blocks that cost the same have in common."""
+
+    forward: Forward
+    kind: Hashable
+
+    @classmethod
+    def of(cls, block: nn.Module) -> Link:
+        """Blocks are of one kind if their modules, parameters and options are alike. Numbers of layers may differ."""
+        parts = tuple(
+            (name, type(m), tuple((k, v) for k, v in vars(m).items() if isinstance(v, bool | float | str)))
+            for name, m in block.named_modules()
+        )
+        weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+        return cls(block.forward, (getattr(block.forward, "__qualname__", ""), parts, weights))
+
+
+def measured(links: Sequence[Link], given: Given) -> list[Piece]:
+    """The pieces of a chain; every block gets the other arguments of the first, and one of a kind is measured.
 
     Raises:
         UserError: if a block does not hand on a tensor.
     """
     pieces: list[Piece] = []
+    known: dict[Hashable, tuple[Piece, Tensor]] = {}
     with shapes_only(given.input()) as like:
         x, given = like(given.input()), given.mapped(like)
-        for forward in forwards:
-            piece, x = _piece(forward, x, given)
+        for link in links:
+            key = (link.kind, x.shape, x.dtype, x.requires_grad)
+            if key not in known:
+                known[key] = _piece(link.forward, x, given)
+            piece, x = known[key]
             pieces.append(piece)
     return pieces
+
+
+def reruns(links: Sequence[Link], around: Callable[[Forward], Forward], given: Given) -> list[tuple[int, float]]:
+    """(bytes kept, cost of what runs again) of each block when it checkpoints itself."""
+    known = {link.kind: link.forward for link in links}
+    found = {kind: rerun(around(forward), given) for kind, forward in known.items()}
+    return [found[link.kind] for link in links]
 
 
 def rerun(forward: Forward, given: Given) -> tuple[int, float]:

@@ -31,6 +31,7 @@ from scrimp.limits import size_of
 from scrimp.models.seams import blocks, matching, wrap_forward
 from scrimp.remat.choose import policy
 from scrimp.remat.executor import Player
+from scrimp.remat.measure import Link
 from scrimp.remat.selective import checkpointed
 from scrimp.technique import Card, Technique, at_least
 
@@ -121,8 +122,9 @@ class Recompute(Technique):
             what = f"the model has {len(lists)} lists of blocks, which cannot share bytes."
             raise UserError(what, run.where(self, "budget"), "Give a share of what they hold, such as 0.5.")
         for chain in lists.values():
-            forwards = [block.forward for block in chain]
-            player = Player(forwards, partial(policy, self.mode, self.budget, self.segment, forwards), draws(model))
+            links = [Link.of(block) for block in chain]
+            choose = partial(policy, self.mode, self.budget, self.segment, links)
+            player = Player([link.forward for link in links], choose, draws(model))
             for i, block in enumerate(chain):
                 wrap_forward(block, lambda forward, player=player, i=i: partial(player.run, i))
         return model
