@@ -89,6 +89,7 @@ def plan(
 ) -> None:
     """Say what a run will need, before it runs: bytes, FLOPs, seconds."""
     from scrimp import fitting, planview
+    from scrimp.limits import size_of
     from scrimp.machines.machine import machine as find
     from scrimp.planning import plan as make
 
@@ -97,7 +98,7 @@ def plan(
         raise UserError("--fit, --each and --html do not go together, nor the first two with --ranks.", "plan", fix)
     loaded, on = load(recipe, overrides), find(machine)
     if fit:
-        found = fitting.fit(loaded, on, fitting.size_of(fit), say=watch)
+        found = fitting.fit(loaded, on, size_of(fit), say=watch)
         typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
         return
     made = make(loaded, on, ranks=ranks)

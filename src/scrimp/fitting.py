@@ -264,23 +264,3 @@ def _with(recipe: Recipe, name: str) -> tuple[Recipe, str]:
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     technique = kind(**{name: kind.card.example[name] for name in needed})
     return replace(recipe, techniques=(*kept, technique)), reason
-
-
-def size_of(text: str) -> int:
-    """Bytes of a text such as 16GB, 24GiB or 800MB.
-
-    Raises:
-        UserError: if it is none.
-    """
-    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "b": 1}
-    lower = text.strip().lower()
-    for unit in sorted(units, key=len, reverse=True):
-        if lower.endswith(unit):
-            try:
-                value = int(float(lower.removesuffix(unit)) * units[unit])
-            except ValueError:
-                break
-            if value > 0:
-                return value
-            break
-    raise UserError(f"`{text}` is not a size.", "--fit", "Write it as 16GB or 24GiB.")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from scrimp.errors import UserError
+
 
 def available(root: Path = Path("/")) -> int:
     """Bytes that a process may take on top of what it holds; 0 when a limit is reached.
@@ -87,3 +89,23 @@ def _pages(root: Path, column: int) -> int:
         return int((root / "proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def size_of(text: str, where: str = "--fit") -> int:
+    """Bytes of a text such as 16GB, 24GiB or 800MB.
+
+    Raises:
+        UserError: if it is none.
+    """
+    units = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "b": 1}
+    lower = text.strip().lower()
+    for unit in sorted(units, key=len, reverse=True):
+        if lower.endswith(unit):
+            try:
+                value = int(float(lower.removesuffix(unit)) * units[unit])
+            except ValueError:
+                break
+            if value > 0:
+                return value
+            break
+    raise UserError(f"`{text}` is not a size.", where, "Write it as 16GB or 24GiB.")

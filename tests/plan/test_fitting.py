@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from scrimp.errors import UserError
-from scrimp.fitting import each, fit, remedies, size_of
+from scrimp.fitting import each, fit, remedies
+from scrimp.limits import size_of
 from scrimp.machines.machine import Machine
 from scrimp.planning import plan
 from scrimp.planview import as_json, fit_json, fitted, page, text, tips, tips_json

@@ -1,0 +1,106 @@
+"""Which schedule a chain gets, once the shape of its first input is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from scrimp.errors import UserError
+from scrimp.limits import size_of
+from scrimp.remat.chain import Piece, Schedule, best_segment, every, everything, segments, simulate
+from scrimp.remat.executor import Call, Policy, Scheduled
+from scrimp.remat.given import Forward, Given
+from scrimp.remat.measure import Link, measured, reruns
+from scrimp.remat.rotor import least, optimal
+from scrimp.remat.selective import SAVES, Save, checkpointed
+
+
+@dataclass(frozen=True)
+class Selective:
+    """Leaves each block to torch's selective checkpoints."""
+
+    save: Save
+    draws: bool
+
+    def plainly(self, block: int, forward: Forward) -> Forward | None:
+        """The block, checkpointed."""
+        return checkpointed(forward, self.draws, self.save)
+
+    def forward(self, call: Call, x: Tensor) -> Any:
+        """Never asked."""
+        raise NotImplementedError
+
+    def restore(self, call: Call) -> None:
+        """Never asked."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run a chain within a budget."""
+
+    name: str
+    bytes: int
+    """That it holds at most."""
+    cost: float
+    """Of what runs again."""
+    policy: Callable[[], Policy | None]
+
+
+def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], given: Given) -> Policy | None:
+    """What plays the chain; None keeps all.
+
+    Raises:
+        UserError: if the budget is less than any schedule needs.
+    """
+    pieces = measured(links, given)
+    if mode == "sqrt":
+        return Scheduled(segments(len(pieces), segment or best_segment(pieces)))
+    room = bytes_of(budget, pieces)
+    if mode == "optimal":
+        return Scheduled(_found(optimal(pieces, room), pieces, room))
+    fits = [choice for choice in choices(pieces, room, links, given) if choice.bytes <= room]
+    if not fits:
+        _found(None, pieces, room)
+    return min(fits, key=lambda choice: choice.cost).policy()
+
+
+def bytes_of(budget: str | float, pieces: Sequence[Piece]) -> int:
+    """A budget in bytes; up to 1 it is a share of what the chain holds plainly."""
+    if isinstance(budget, str):
+        return size_of(budget, "budget")
+    return int(budget * everything(pieces) if budget <= 1 else budget)
+
+
+def choices(pieces: Sequence[Piece], room: int, links: Sequence[Link], given: Given) -> list[Choice]:
+    """Ways to run a chain, the simplest first."""
+    count = len(pieces)
+    found = [Choice("none", everything(pieces), 0.0, lambda: None)]
+    for save in SAVES:
+        kept = reruns(links, partial(checkpointed, draws=False, save=save), given)
+        held = sum(p.input + pack for p, (pack, _) in zip(pieces, kept, strict=True)) + max(p.full for p in pieces)
+        policy = Selective(save, given.draws)
+        found.append(Choice(f"selective {save}", held, sum(cost for _, cost in kept), lambda policy=policy: policy))
+    schedules = {f"every {n}": every(count, n) for n in range(count - 1, 1, -1)} | {"block": every(count, 1)}
+    best = optimal(pieces, room)
+    for name, schedule in (schedules | ({"optimal": best} if best is not None else {})).items():
+        held, cost = simulate(pieces, schedule)
+        found.append(Choice(name, held, cost, lambda schedule=schedule: Scheduled(schedule)))
+    return found
+
+
+def _found(schedule: Schedule | None, pieces: Sequence[Piece], room: int) -> Schedule:
+    if schedule is None:
+        from scrimp.planview import size
+
+        least_ = least(pieces)
+        what = f"{size(room)} cannot hold what the blocks need at least, {size(least_)}."
+        share = least_ / everything(pieces)
+        raise UserError(what, "techniques.recompute.budget", f"Give that much, a share of {share:.2f}, or a smaller batch.")
+    return schedule
+
+
