@@ -77,8 +77,8 @@ def recipe_of(suite: str, source: str, arm: dict[str, dict[str, Any]], steps: in
     return Recipe.read(raw)
 
 
-def measured(recipe: Recipe) -> dict[str, Any]:
-    """One run."""
+def measured(recipe: Recipe, **how: Any) -> dict[str, Any]:
+    """One run; `how` goes to `train`."""
     seconds, last, built = 0.0, time.process_time(), False
     curve: list[tuple[int, float, float]] = []
 
@@ -92,7 +92,7 @@ def measured(recipe: Recipe) -> dict[str, Any]:
             curve.append((fields["step"], round(seconds, 3), fields["loss"]))
         last = time.process_time()
 
-    result = train(recipe, save=False, observe=see, force=True)
+    result = train(recipe, **{"save": False, "force": True, **how}, observe=see)
     steps = result.run.clock.step
     return {
         **result.validation,

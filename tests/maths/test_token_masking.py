@@ -22,7 +22,7 @@ from scrimp.tasks.masked_image import MaskedImage
 from scrimp.techniques.token_masking.flip import seen
 from scrimp.techniques.token_masking.mass import shortened
 from scrimp.weights import initialize
-from tiny import MODEL, Letters, TinyData, example, recipe, run_of, step
+from tiny import MODEL, Letters, TinyData, assert_equal, example, flat, recipe, run_of, step
 from tiny_tasks import Memory
 
 DOUBLE: dict[str, Any] = {"rtol": 0, "atol": 1e-12}
@@ -152,6 +152,87 @@ def test_both_passes_of_a_step_drop_the_same() -> None:
 def test_a_model_without_middle_layers_is_refused() -> None:
     with pytest.raises(UserError, match="no middle layers"):
         run_of(recipe(example("token_drop"), model={**MODEL, "layers": 2}))
+
+
+# token_drop by loss.
+
+
+def ranked(*more: str, **settings: Any) -> Any:
+    technique = example("token_drop", mode="loss", multiple=1, **settings)
+    chosen = (technique, *(example(name) for name in more))
+    run = run_of(recipe(*chosen, dtype="float64", model={**MODEL, "dropout": 0.0, "causal": False},
+                        task="masked-lm", data=Memory("masked-lm")))  # fmt: skip
+    run.model.train()
+    return run
+
+
+def subset_of(run: Any, block: int = 1) -> Any:
+    return run.model.blocks[block].token_subset
+
+
+def test_hard_tokens_are_kept_after_special_ones_and_before_padding() -> None:
+    run = ranked()
+    run.memories["token_drop"]["loss"].copy_(torch.arange(32.0))
+    # 0 to 2 are special; the last two places of the second text are padding.
+    ids = torch.tensor([[5, 9, 1, 30, 7, 8, 3, 4], [4, 3, 10, 9, 2, 6, 31, 30]])
+    run.model.embed(ids)
+    mask = torch.tensor([[True] * 8, [True] * 6 + [False] * 2])[:, None, None, :]
+    x, sample = torch.zeros(2, 8, 32), torch.arange(2)
+    assert subset_of(run)(x, sample, mask).tolist() == [[0, 1, 2, 3], [0, 2, 3, 4]]
+    square = mask & mask.transpose(2, 3)
+    assert torch.equal(subset_of(run)(x, sample, square), subset_of(run)(x, sample, mask))
+    assert subset_of(run)(x, sample)[1].tolist() == [0, 4, 6, 7]
+
+
+def test_losses_that_are_alike_leave_a_draw() -> None:
+    run, sample = ranked(), torch.arange(50)
+    run.model.embed(torch.full((50, 16), 7))
+    first, second = (subset_of(run, block)(torch.zeros(50, 16, 1), sample) for block in (1, 2))
+    assert torch.equal(first, second), "all middle layers see the same"
+    assert torch.equal(first, drawn(sample, subset_of(run).key, 16, 8, 1))
+
+
+def test_the_running_loss_of_an_id_is_that_of_its_hidden_tokens() -> None:
+    run = ranked(smoothing=0.75)
+    batch = run.batch(0)
+    with torch.no_grad():
+        logits = run.task.logits(run.model, batch)
+    targets = batch["targets"]
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    step(run)
+    expected = torch.full((32,), float(np.log(32)), dtype=torch.float64)
+    for number in set(targets[targets >= 0].tolist()):
+        mean = float(found[targets.flatten() == number].mean())
+        expected[number] = 0.75 * expected[number] + 0.25 * mean
+    torch.testing.assert_close(run.memories["token_drop"]["loss"], expected, **DOUBLE)
+
+
+@pytest.mark.parametrize("other", ["recompute", "accumulate", "fused_loss"])
+def test_other_execution_ranks_alike(other: str) -> None:
+    plain, changed = ranked(), ranked(other)
+    for _ in range(2):
+        step(plain), step(changed)
+    losses = [run.memories["token_drop"]["loss"] for run in (plain, changed)]
+    torch.testing.assert_close(*losses, **DOUBLE)
+    weights = [run.model.get_parameter("blocks.1.mlp.up.weight") for run in (plain, changed)]
+    torch.testing.assert_close(*weights, **DOUBLE)
+
+
+def test_what_is_hard_is_remembered() -> None:
+    run = ranked()
+    step(run)
+    from scrimp.run import build
+
+    again = build(run.recipe, run.data, replace(run.clock), {kind: dict(table) for kind, table in run.state().items()})
+    again.model.train()
+    step(run), step(again)
+    assert_equal(flat(run.state()), flat(again.state()))
+    assert len(set(again.memories["token_drop"]["loss"].tolist())) > 3
+
+
+def test_a_model_that_would_see_what_is_to_come_is_refused() -> None:
+    with pytest.raises(UserError, match=r"token_drop\.mode.*hides none.*masked-lm"):
+        run_of(recipe(example("token_drop", mode="loss")))
 
 
 # flip.

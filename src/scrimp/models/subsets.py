@@ -41,10 +41,25 @@ def drawn(sample: Tensor, key: int, tokens: int, count: int, first: int) -> Tens
         key: of what draws.
         first: so many tokens from the start are always among them.
     """
-    row = mixed(mixed(sample & 0xFFFFFFFF) ^ key)[:, None]
-    bits = mixed(row ^ torch.arange(tokens, device=sample.device))
+    bits = lots(sample, key, tokens)
     bits[:, :first] = -1
     return bits.topk(count, largest=False, sorted=False).indices.sort().values
+
+
+def highest(scores: Tensor, sample: Tensor, key: int, count: int) -> Tensor:
+    """The places with the highest scores [B, T] in rising order, alike ones by lot: int64 [B, count].
+
+    Where all scores are equal, these are the places that `drawn` gives.
+    """
+    by_lot = lots(sample, key, scores.shape[1]).argsort(1)
+    order = scores.gather(1, by_lot).sort(dim=1, descending=True, stable=True).indices
+    return by_lot.gather(1, order[:, :count]).sort().values
+
+
+def lots(sample: Tensor, key: int, tokens: int) -> Tensor:
+    """A number of each place, a function of (sample, key, place): [B, tokens]."""
+    row = mixed(mixed(sample & 0xFFFFFFFF) ^ key)[:, None]
+    return mixed(row ^ torch.arange(tokens, device=sample.device))
 
 
 def some_rope(rope: tuple[Tensor, Tensor] | None, places: Tensor) -> tuple[Tensor, Tensor] | None:
