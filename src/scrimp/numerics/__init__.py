@@ -1,0 +1,1 @@
+"""How numbers are kept in few bits: rounding, groups with a scale, packing, codebooks."""
