@@ -18,9 +18,12 @@ def held(*techniques: object) -> int:
         run = run_of(recipe(*techniques, model=WIDE | {"layers": layers}))  # type: ignore[arg-type]
         batch = run.batch(0)
         assert run.loss
-        with LiveBytes() as meter:
+        meter = LiveBytes()
+        meter.register([*run.model.parameters(), *batch.values()])
+        before = meter.live
+        with meter:
             loss = run.loss(run.model, batch)
-        found.append(meter.live)
+        found.append(meter.live - before)
         del loss
     return found[1] - found[0]
 
