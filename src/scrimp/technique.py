@@ -69,7 +69,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "batch": ("length", "resolution", "augment"),
     "loss": ("items", "auxiliary", "scaled"),
     "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
-    "step": ("averaged", "updated", "clipped", "masked", "unscaled"),
+    "step": ("rounded", "averaged", "updated", "clipped", "masked", "unscaled"),
     "evaluate": ("masked", "averaged"),
     "export": ("whole", "folded", "collapsed", "merged", "averaged"),
 }
