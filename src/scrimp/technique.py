@@ -62,7 +62,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "model": ("sizes", "architecture", "seams", "frozen"),
     "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
     "init": ("fill", "scale"),
-    "carry": ("rewind", "grow", "widen", "masked"),
+    "carry": ("decoded", "rewind", "grow", "widen", "masked"),
     "optimizer": ("rule", "states"),
     "schedule": ("shape", "warm-up", "time", "rounds"),
     "items": ("filter", "sample"),

@@ -6,7 +6,7 @@ import torch
 
 from scrimp.meter import LiveBytes
 from scrimp.run import Run
-from tiny import example, recipe, run_of, step
+from tiny import example, recipe, run_of
 
 WIDE = {"layers": 2, "width": 64, "heads": 4, "dropout": 0.0}
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scrimp.techniques.precision.fp8 import E4M3, E5M2, FP8, Product, power
 from scrimp.technique import Technique
+from scrimp.techniques.precision.fp8 import E4M3, E5M2, FP8, Product, power
 from tiny import assert_equal, example, flat, recipe, run_of, step
 
 

@@ -100,7 +100,8 @@ class Act(Technique):
         if not self.blocks:
             return list(blocks(model, run.where(self)).values())
         modules = dict(model.named_modules())
-        return [modules[n] for n in matching(self.blocks, [n for n in modules if n], "module", run.where(self, "blocks"))]
+        found = matching(self.blocks, [n for n in modules if n], "module", run.where(self, "blocks"))
+        return [modules[name] for name in found]
 
 
 class Shelf:

@@ -7,8 +7,8 @@ Paper: Micikevicius et al., "FP8 Formats for Deep Learning", arXiv 2209.05433. S
 itself rounds nothing.
 
     scaling current    from the tensor itself: one more pass before the cast
-    scaling delayed    from the largest max |x| of the last `history` steps, times 2^-margin: the cast needs no pass first,
-                       and what has outgrown the history is cut off at the format's largest number
+    scaling delayed    from the largest max |x| of the last `history` steps, times 2^-margin: the cast needs no pass
+                       first, and what has outgrown the history is cut off at the format's largest number
     granularity row    a scale for each row that stays a row in the product, in place of one for the whole tensor
 
 Saves: time where the hardware multiplies FP8 (from NVIDIA's compute capability 8.9 on), and with save fp8 a quarter of
