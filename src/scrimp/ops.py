@@ -18,7 +18,7 @@ FREE: Final = frozenset({
     "aten.new_empty_strided", "aten.empty_permuted", "aten._unsafe_view", "aten.lift_fresh", "aten._local_scalar_dense",
 })  # fmt: skip
 """Operators that move no bytes though they are no views."""
-PRODUCTS: Final = frozenset({"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"})
+PRODUCTS: Final = frozenset({"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._int_mm"})
 GATHERS: Final = frozenset({
     "aten.embedding", "aten.index_select", "aten.gather", "aten.nll_loss_forward", "aten.nll_loss_backward",
 })  # fmt: skip

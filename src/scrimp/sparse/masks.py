@@ -10,6 +10,7 @@ weights that have no gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -108,10 +109,12 @@ def mask_moments(run: Run, memory: Mapping[str, Tensor], weights: Mapping[str, n
     """Zero the moments of pruned weights, in every state that has a number a weight."""
     assert run.optimizer is not None
     states: dict[int, dict[str, Any]] = {id(p): s for part in parts(run.optimizer) for p, s in part.state.items()}
+    whole: Any = getattr(run.optimizer, "whole", nullcontext)
     for name, w in weights.items():
-        for value in states.get(id(w), {}).values():
-            if isinstance(value, Tensor) and value.shape == w.shape:
-                value.mul_(memory[name + MASK])
+        with whole(w):
+            for value in states.get(id(w), {}).values():
+                if isinstance(value, Tensor) and value.shape == w.shape:
+                    value.mul_(memory[name + MASK])
 
 
 def begun(state: State, run: Run, technique: Technique, weights: Mapping[str, nn.Parameter]) -> State:
