@@ -39,7 +39,7 @@ def test_trains(name: str) -> None:
     start, end = flat(before.state()), flat(result.run.state())
     # A later stage may have removed what only an earlier one needs.
     weights = {n: p for n, p in before.model.named_parameters() if f"model/{n}" in end}
-    trains = technique_class(name).card.trains or ("*",)
+    trains = example(name).trained or ("*",)
     trained = {n for pattern in trains for n in matching(pattern, list(weights), "parameter")}
     moved = {n for n in weights if not torch.equal(start[f"model/{n}"], end[f"model/{n}"])}
     assert moved == trained, f"left or moved by mistake: {sorted(moved ^ trained)[:4]}"
