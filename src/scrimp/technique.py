@@ -101,8 +101,8 @@ class Card:
     needs: tuple[str, ...] = ()
     """Seams the model must offer, by name (`scrimp.models.seams`)."""
     trains: tuple[str, ...] = ()
-    """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest. Settings may add
-    to them: see `Technique.trained`."""
+    """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest. Settings may
+    add to them: see `Technique.trained`."""
     replaces: tuple[str, ...] = ()
     """Slots whose incoming value it discards: folded first in its phase, and two of them clash."""
     refuses: Mapping[str, str] = field(default_factory=dict[str, str])

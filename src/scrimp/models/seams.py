@@ -1,7 +1,8 @@
 """The few places on a model where techniques meet. They meet here, never on each other.
 
-`Linear` has five seams: its input, its weight and its bias on the way in, the product itself, and its output. So low-rank
-updates, masks, quantization and scales can share one layer. Names of parameters never change: a seam only adds children.
+`Linear` has five seams: its input, its weight and its bias on the way in, the product itself, and its output. So
+low-rank updates, masks, quantization and scales can share one layer. Names of parameters never change: a seam only adds
+children.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ begins exactly as the plain model: U is zero, and D uniform as a linear layer's 
 
 Saves: gradients and optimizer states of all frozen weights; a third of a block's activations, since frozen layers keep
 nothing (pfeiffer keeps 11 + 2 r/width of 16 parts, houlsby 12 + 4 r/width). Costs: time in training and in use ever
-after: adapters do not merge into the weights, so that no folder of another library holds them. Not for: models that must
-be as fast as before or be exported; lora, ssf and ia3 merge.
+after: adapters do not merge into the weights, so that no folder of another library holds them. Not for: models that
+must be as fast as before or be exported; lora, ssf and ia3 merge.
 """
 
 from __future__ import annotations

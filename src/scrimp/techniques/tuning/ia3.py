@@ -2,8 +2,8 @@
 
     attention:  softmax(q (l_k * k)^T / sqrt(d)) (l_v * v)         MLP:  down(l_ff * act(up(x)))
 
-All three are ones at first, so that the model begins exactly as it was. Paper: Liu et al., "Few-Shot Parameter-Efficient
-Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS 2022, arXiv 2205.05638.
+All three are ones at first, so that the model begins exactly as it was. Paper: Liu et al., "Few-Shot
+Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS 2022, arXiv 2205.05638.
 
 Saves: gradients and optimizer states of all frozen weights, with fewer trained numbers than lora of rank 1; some
 activations (the vectors on q, k and v keep 13 parts of a block's, of 16). Costs: one pass over q, k, v and one over the
@@ -42,7 +42,7 @@ class IA3(Technique):
         example={"queries": True},
     )
     keys_values: str = "attention.qkv|cross.kv"
-    """Pattern of the layers whose outputs are keys and values; empty for none. Of other layers all outputs are scaled."""
+    """Pattern of the layers whose outputs are keys and values; empty for none. Any other layer is scaled whole."""
     hidden: str = "mlp.down"
     """Pattern of the layers whose inputs are scaled; empty for none."""
     queries: bool = False

@@ -3,7 +3,8 @@
     y = W x + b + (alpha / r) B (A x),   A [r, in] uniform at first, B [out, r] zero at first
 
 Only A and B are trained. Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685;
-`rank_stabilized` divides by sqrt(r): Kalajdzievski, arXiv 2312.03732. `magnitude` is DoRA, Liu et al., arXiv 2402.09353:
+`rank_stabilized` divides by sqrt(r): Kalajdzievski, arXiv 2312.03732. `magnitude` is DoRA, Liu et al., arXiv
+2402.09353:
 
     y = m / |V| * V x + b,   V = W + (alpha / r) B A,   |V| and m [out] of each row, m = |W| at first
 
