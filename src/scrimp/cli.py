@@ -46,7 +46,9 @@ def train(
     overrides: Words = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run, or from this checkpoint, exactly.")] = None,
     extend: Annotated[str | None, typer.Option(help="With --resume: go on for `2000 step` more.")] = None,
-    start: Annotated[Path | None, typer.Option("--from", help="Start a new run from this run's weights.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Start a new run from a run's weights, or a peft folder.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start even if memory will not suffice.")] = False,
 ) -> None:
     """Train or fine-tune a recipe, or resume a run."""
@@ -209,13 +211,14 @@ def schema() -> None:
 def export(
     run: RunPath,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    to: Annotated[str, typer.Option(help="Format: hf (a Hugging Face folder).")] = "hf",
+    to: Annotated[str, typer.Option(help="Format: hf (a Hugging Face folder), or peft (its adapters alone).")] = "hf",
 ) -> None:
     """Write a trained run as a folder that other libraries load."""
-    if to != "hf":
-        raise UserError(f"there is no format `{to}`.", "--to", "Known: hf.")
-    from scrimp.inference import export as write
+    if to not in ("hf", "peft"):
+        raise UserError(f"there is no format `{to}`.", "--to", "Known: hf, peft.")
+    from scrimp import inference
 
+    write = inference.export if to == "hf" else inference.export_adapters
     typer.echo(f"Wrote {write(run, out)}")
 
 

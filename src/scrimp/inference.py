@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from scrimp.restore import reopened, used, whole
 from scrimp.run import Run, build, exported
 
 if TYPE_CHECKING:
-    from scrimp.technique import Batch
+    from scrimp.technique import Batch, Technique
 
 
 def open_run(place: str | Path, corpus: bool = True) -> Run:
@@ -136,7 +137,35 @@ def export(place: str | Path, out: str | Path) -> Path:
     if normless:
         what = f"`{normless[0]}` takes the norms out of the model, and no format of other libraries can say that."
         raise UserError(what, str(place), "Use the run itself (`scrimp eval`, `scrimp generate`, `--from`).")
+    merged = exported(run)
+    added = sorted(t.name for t in run.order.techniques if t.trained and matched(t, set(merged) - run.base))
+    if added:
+        what = f"`{added[0]}` added layers to the model that do not merge, and no format of other libraries has them."
+        raise UserError(what, str(place), "Use the run itself (`scrimp eval`, `scrimp generate`, `--from`).")
     prepares = getattr(run.data, "processor", None) or run.data.tokenizer
     labels = getattr(run.data, "labels", ())
-    write(out, configured(run.recipe, run.data), exported(run), prepares, labels=labels)
+    write(out, configured(run.recipe, run.data), merged, prepares, labels=labels)
+    return Path(out)
+
+
+def matched(technique: Technique, names: Iterable[str]) -> bool:
+    """Whether some of these parameters are a technique's own."""
+    return any(fnmatchcase(name, pattern) for name in names for pattern in technique.trained)
+
+
+def export_adapters(place: str | Path, out: str | Path) -> Path:
+    """Write what a run trained beside frozen weights as a folder that peft loads.
+
+    Raises:
+        UserError: if peft has no such adapters, or the frozen weights are in no folder.
+    """
+    from scrimp.models import hub, hub_peft
+
+    run = open_run(place, corpus=False)
+    source = getattr(run.recipe.model, "source", "")
+    if not source:
+        fix = "Export the run it started from, and train with `model: {from: FOLDER}`; or use `--to hf`, which merges."
+        raise UserError("adapters need a folder of the weights that they stand on.", str(place), fix)
+    config = configured(run.recipe, run.data)
+    hub_peft.write(out, source, hub.read_type(source), config, run.order.techniques, run.model)
     return Path(out)

@@ -15,6 +15,8 @@ from scrimp import checkpoint
 from scrimp.agree import configured
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.models import hub_peft
+from scrimp.models.hub_peft import is_adapter
 from scrimp.weights import on_meta, renewable
 
 if TYPE_CHECKING:
@@ -28,22 +30,31 @@ PLAIN: Final = re.compile(r"(head|pooler|head_transform\.\w+)\.(weight|bias)")
 def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | None:
     """Weights of another run (`--from`) or of a Hugging Face folder (`model.from`), as the stage before the first.
 
+    With `--from` a folder of peft, its adapters are added to the weights of `model.from`.
+
     A head or pooler that they do not have, or have in other sizes, is left out: it begins anew (see `anew`).
 
     Raises:
         UserError: if a run that saves adapters only has nothing to read its frozen weights from again.
     """
-    if start:
+    adapters = bool(start) and is_adapter(str(start))
+    if start and not adapters:
         _, origin, state, meta = RunFolder.reopen(start)
         given = whole(origin, data, state, meta)["model"]
         return {"model": adopted(given, origin.model, configured(recipe, data))}
     source = getattr(recipe.model, "source", "")
     if source:
-        from scrimp.models.hub import own_config, read_weights
+        from scrimp.models.hub import own_config, read_type, read_weights
 
         config = configured(recipe, data)
         given = own_config(source, config)
-        return {"model": adopted(read_weights(source, given), given, config)}
+        weights = adopted(read_weights(source, given), given, config)
+        if adapters:
+            weights = hub_peft.read(str(start), read_type(source), config, recipe.techniques, weights)
+        return {"model": weights}
+    if adapters:
+        fix = "Give the folder of the weights that they were trained on: `model: {from: FOLDER}`."
+        raise UserError("adapters are nothing without their weights.", "--from", fix)
     if recipe.checkpoint.adapter_only:
         fix = "Start from a folder (`model.from`) or a run (--from), or set it to false."
         raise UserError("the frozen weights could not be read again.", "checkpoint.adapter_only", fix)
@@ -116,7 +127,7 @@ def base_of(recipe: Recipe, start: str | None) -> str:
     source = getattr(recipe.model, "source", "")
     if not recipe.checkpoint.adapter_only or not (start or source):
         return ""
-    if start:
+    if start and not is_adapter(start):
         return checkpoint.identity(RunFolder.newest(start))
     from scrimp.data.cache import cache_folder, content_hash
 

@@ -71,7 +71,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
     "step": ("rounded", "averaged", "updated", "clipped", "masked", "unscaled", "delayed"),
     "evaluate": ("masked", "averaged"),
-    "export": ("whole", "folded", "collapsed", "merged", "averaged", "packed"),
+    "export": ("whole", "folded", "collapsed", "gated", "merged", "scaled", "averaged", "packed"),
 }
 """The order within a slot, innermost first: a later phase wraps an earlier one.
 
@@ -101,7 +101,8 @@ class Card:
     needs: tuple[str, ...] = ()
     """Seams the model must offer, by name (`scrimp.models.seams`)."""
     trains: tuple[str, ...] = ()
-    """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest."""
+    """Patterns of the parameters a tuning method trains; tuning methods unite them and freeze the rest. Settings may
+    add to them: see `Technique.trained`."""
     replaces: tuple[str, ...] = ()
     """Slots whose incoming value it discards: folded first in its phase, and two of them clash."""
     refuses: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -152,6 +153,11 @@ class Technique:
     def __post_init__(self) -> None:
         """Check the settings. A subclass' own checks run after those of the types, and need not say where they are."""
         _checked(self, lambda technique: None)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Patterns of the parameters that it trains with its settings, where it freezes all others."""
+        return self.card.trains
 
     def stages(self) -> tuple[str | float, ...]:
         """Durations from the start at which the run must be rebuilt, at the latest."""

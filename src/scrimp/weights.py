@@ -40,7 +40,7 @@ def freeze(model: nn.Module, techniques: Sequence[Technique], task: Sequence[str
     Args:
         task: patterns of what its task trains beside them, such as a head that begins anew.
     """
-    tuned = [(t.name, pattern) for t in techniques for pattern in t.card.trains]
+    tuned = [(t.name, "|".join(t.trained)) for t in techniques if t.trained]
     if not tuned:
         return
     names = [name for name, _ in model.named_parameters()]

@@ -40,7 +40,7 @@ def test_trains(name: str) -> None:
     # A later stage may have removed what only an earlier one needs.
     # Packed weights are integers, which nothing trains.
     weights = {n: p for n, p in before.model.named_parameters() if f"model/{n}" in end and p.is_floating_point()}
-    trains = technique_class(name).card.trains or ("*",)
+    trains = example(name).trained or ("*",)
     trained = {n for pattern in trains for n in matching(pattern, list(weights), "parameter")}
     moved = {n for n in weights if not torch.equal(start[f"model/{n}"], end[f"model/{n}"])}
     assert moved == trained, f"left or moved by mistake: {sorted(moved ^ trained)[:4]}"

@@ -34,7 +34,17 @@ from scrimp.registry import component, component_name
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INDEX", "loaded", "own_config", "read_config", "read_kind", "read_labels", "read_weights", "write"]
+__all__ = [
+    "INDEX",
+    "loaded",
+    "own_config",
+    "read_config",
+    "read_kind",
+    "read_labels",
+    "read_type",
+    "read_weights",
+    "write",
+]
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -62,6 +72,15 @@ def own_config(folder: str | Path, config: Any) -> Any:
     An image model may get another head, another size of images, or be the encoder of a masked autoencoder.
     """
     return _own(Path(folder)) if format_of(_config(Path(folder))[0]).reshaped else config
+
+
+def read_type(folder: str | Path) -> str:
+    """The `model_type` of a folder.
+
+    Raises:
+        UserError: if there is no config.json, or of a type that cannot be read.
+    """
+    return _config(Path(folder))[0]
 
 
 def read_labels(folder: str | Path) -> tuple[str, ...]:

@@ -13,28 +13,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scrimp.errors import UserError
 from scrimp.models.config import Trunk
 from scrimp.models.dropout import Dropout
 from scrimp.models.seams import Linear
 
 
 class Norm(nn.Module):
-    """LayerNorm, or RMSNorm which keeps the mean and has no bias. Shapes: [..., width] -> [..., width]."""
+    """LayerNorm, or RMSNorm which keeps the mean and has no bias. Shapes: [..., width] -> [..., width].
+
+    Its weight and its bias are seams: `on` adds modules that map them to what the norm uses.
+    """
 
     def __init__(self, width: int, kind: str, eps: float, bias: bool = True) -> None:
         super().__init__()
         self.eps, self.rms = eps, kind == "rmsnorm"
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias and not self.rms else None
+        self.steps: dict[str, list[str]] = {"weight": [], "bias": []}
+
+    def on(self, seam: str, name: str, step: nn.Module) -> None:
+        """Add a step on the `weight` or the `bias`.
+
+        Raises:
+            UserError: if the norm already has a child of that name.
+        """
+        if name in self._modules:
+            raise UserError(f"a norm already has a `{name}`.", "", "Give the two techniques disjoint patterns.")
+        self.add_module(name, step)
+        self.steps[seam].append(name)
 
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """Ones and zeros."""
         value.fill_(1.0 if name == "weight" else 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        for name in self.steps["weight"]:
+            weight = self.get_submodule(name)(weight)
+        for name in self.steps["bias"] if bias is not None else ():
+            bias = self.get_submodule(name)(bias)
         if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class Embedding(nn.Module):

@@ -1,14 +1,15 @@
 """The few places on a model where techniques meet. They meet here, never on each other.
 
-`Linear` has three seams: its weight on the way in, the product itself, and its output. So low-rank updates, masks,
-quantization and scales can share one layer. Names of parameters never change: a seam only adds children.
+`Linear` has five seams: its input, its weight and its bias on the way in, the product itself, and its output. So
+low-rank updates, masks, quantization and scales can share one layer. Names of parameters never change: a seam only adds
+children.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError, did_you_mean, nearest
 
-WEIGHT: Final = ("expand", "low-rank", "mask", "quantize")
+INPUT: Final = ("scale",)
+"""Order in which steps on an input run."""
+WEIGHT: Final = ("expand", "low-rank", "mask", "quantize", "scale")
 """Order in which steps on a weight run."""
-OUTPUT: Final = ("scale", "shift", "adapter")
+BIAS: Final = ("scale",)
+"""Order in which steps on a bias run."""
+OUTPUT: Final = ("scale", "shift", "adapter", "gate")
 """Order in which steps on an output run."""
 
 
@@ -37,7 +42,9 @@ class Linear(nn.Module):
         self.std = std
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.on_input: list[tuple[int, str]] = []
         self.on_weight: list[tuple[int, str]] = []
+        self.on_bias: list[tuple[int, str]] = []
         self.on_output: list[tuple[int, str]] = []
         self.product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear
 
@@ -50,14 +57,21 @@ class Linear(nn.Module):
         return new
 
     def on(self, seam: str, phase: str, name: str, step: nn.Module) -> None:
-        """Add a step: `weight` steps map weight -> weight, `output` steps map (x, y) -> y.
+        """Add a step: `input`, `weight` and `bias` steps map a tensor to another, `output` steps map (x, y) -> y.
+
+        A step on the bias is not called where there is none. x of an output's step is what the product got.
 
         Raises:
             UserError: if the layer already has a child of that name.
         """
         if name in self._modules:
             raise UserError(f"a layer already has a `{name}`.", "", "Give the two techniques disjoint patterns.")
-        steps, phases = (self.on_weight, WEIGHT) if seam == "weight" else (self.on_output, OUTPUT)
+        steps, phases = {
+            "input": (self.on_input, INPUT),
+            "weight": (self.on_weight, WEIGHT),
+            "bias": (self.on_bias, BIAS),
+            "output": (self.on_output, OUTPUT),
+        }[seam]
         self.add_module(name, step)
         steps.append((phases.index(phase), name))
         steps.sort()
@@ -70,10 +84,14 @@ class Linear(nn.Module):
             value.normal_(0.0, self.std, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight, bias = self.weight, self.bias
+        for _, name in self.on_input:
+            x = self._modules[name](x)  # pyright: ignore[reportOptionalCall]
         for _, name in self.on_weight:
             weight = self._modules[name](weight)  # pyright: ignore[reportOptionalCall]
-        y = self.product(x, weight, self.bias)
+        for _, name in self.on_bias if bias is not None else ():
+            bias = self._modules[name](bias)  # pyright: ignore[reportOptionalCall]
+        y = self.product(x, weight, bias)
         for _, name in self.on_output:
             y = self._modules[name](x, y)  # pyright: ignore[reportOptionalCall]
         return y
@@ -119,16 +137,47 @@ def linears(model: nn.Module, pattern: str, where: str = "") -> dict[str, Linear
     Raises:
         UserError: if it matches none.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, Linear | nn.Linear)}
+    found = [n for n, m in model.named_modules() if isinstance(m, Linear | nn.Linear)]
+    return {name: seamed(model, name) for name in matching(pattern, found, "linear layer", where)}
+
+
+def seamed(model: nn.Module, name: str) -> Linear:
+    """A linear layer; a plain `nn.Linear` is given seams in place."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, nn.Linear):
+        layer = Linear.of(layer)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    assert isinstance(layer, Linear)
+    return layer
+
+
+def mergeable(model: nn.Module, names: Sequence[str], where: str = "") -> dict[str, Linear]:
+    """Linear layers by name, where what is added to them can be merged into a weight of their own.
+
+    Raises:
+        UserError: if a layer shares its weight with another, or is never called.
+    """
+    named = [id(p) for _, p in model.named_parameters(remove_duplicate=False)]
     chosen: dict[str, Linear] = {}
-    for name in matching(pattern, list(found), "linear layer", where):
-        layer = found[name]
-        if isinstance(layer, nn.Linear):
-            layer = Linear.of(layer)
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            what = f"`{name}` is never called: nn.MultiheadAttention uses its weight directly."
+            raise UserError(what, where, "Leave it out of `targets`.")
+        layer = seamed(model, name)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # In evaluation its fast path uses weights directly too, unless some hook is attached.
+            layer.register_forward_pre_hook(_no_change)
+        if named.count(id(layer.weight)) > 1:
+            fix = "Leave it out of `targets`, or untie it (`model.tied: false`)."
+            raise UserError(f"the weight of `{name}` is shared with another layer.", where, fix)
         chosen[name] = layer
     return chosen
+
+
+def _no_change(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    return None
 
 
 def blocks(model: nn.Module, where: str = "") -> dict[str, nn.Module]:

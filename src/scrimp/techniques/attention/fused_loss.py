@@ -115,12 +115,14 @@ def plain_head(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """(weight [V, C], bias [V]) of a head that is one product, after the steps on its weight; None for others."""
     if type(head) is nn.Linear:
         return head.weight, head.bias
-    if not isinstance(head, Linear) or head.on_output or head.product is not F.linear:
+    if not isinstance(head, Linear) or head.on_input or head.on_output or head.product is not F.linear:
         return None
-    weight = head.weight
+    weight, bias = head.weight, head.bias
     for _, name in head.on_weight:
         weight = head.get_submodule(name)(weight)
-    return weight, head.bias
+    for _, name in head.on_bias if bias is not None else ():
+        bias = head.get_submodule(name)(bias)
+    return weight, bias
 
 
 def recomputed(x: Tensor, head: nn.Module, targets: Tensor, smoothing: float, chunk: int) -> Tensor:

@@ -3,12 +3,15 @@
     y = W x + b + (alpha / r) B (A x),   A [r, in] uniform at first, B [out, r] zero at first
 
 Only A and B are trained. Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685;
-`rank_stabilized` divides by sqrt(r): Kalajdzievski, arXiv 2312.03732.
+`rank_stabilized` divides by sqrt(r): Kalajdzievski, arXiv 2312.03732. `magnitude` is DoRA, Liu et al., arXiv
+2402.09353:
+
+    y = m / |V| * V x + b,   V = W + (alpha / r) B A,   |V| and m [out] of each row, m = |W| at first
 
 Saves: gradients and optimizer states of all frozen weights, and disk: a checkpoint of the adapters is small. Costs:
 two more products a layer. Not for: memory that is taken by activations: on all linear layers LoRA keeps as many as
 full tuning, since each adapter keeps its layer's input (on attention.qkv alone it keeps a third fewer). Add
-recompute and fused_loss for those. Export folds the product into the weight.
+recompute and fused_loss for those; magnitude adds two copies of each weight. Export folds the product into the weight.
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from scrimp.models.seams import Linear, linears
+from scrimp.models.seams import Linear, linears, mergeable
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
     from scrimp.run import Run
+    from scrimp.technique import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class LoRA(Technique):
     """Pattern of the linear layers; two LoRAs with disjoint patterns fit together."""
     rank_stabilized: bool = False
     """alpha / sqrt(r) instead."""
+    magnitude: bool = False
+    """Train the length of each row of the weight apart from its direction (DoRA)."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -64,48 +70,47 @@ class LoRA(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """An adapter on the output of each matching layer."""
-        shared = {id(p) for p in model.parameters()} - {id(p) for p in _alone(model)}
-        for name, layer in linears(model, self.targets, run.where(self, "targets")).items():
-            _keep_called(model.get_submodule(name.rpartition(".")[0]), layer, name, run.where(self, "targets"))
-            if id(layer.weight) in shared:
-                fix = "Leave it out of `targets`, or untie it (`model.tied: false`)."
-                raise UserError(
-                    f"the weight of `{name}` is shared with another layer.", run.where(self, "targets"), fix
-                )
-            layer.on("output", "adapter", "lora", LowRank(layer, self.rank, self.scale))
+        where = run.where(self, "targets")
+        for layer in mergeable(model, list(linears(model, self.targets, where)), where).values():
+            if self.magnitude:
+                layer.on("weight", "low-rank", "lora", Decomposed(layer, self.rank, self.scale))
+            else:
+                layer.on("output", "adapter", "lora", LowRank(layer, self.rank, self.scale))
         return model
 
+    @torch.no_grad()
+    def init(self, model: nn.Module, run: Run) -> nn.Module:
+        """Magnitudes of the weights as they are."""
+        for layer in linears(model, self.targets).values() if self.magnitude else ():
+            layer.get_parameter("lora.m").copy_(lengths(layer.weight))
+        return model
+
+    def carry(self, state: State, run: Run) -> State:
+        """Magnitudes of the weights that a run starts from, which other weights than the first may be."""
+        if not self.magnitude or "model" not in state:
+            return state
+        weights = dict(state["model"])
+        for name, layer in linears(run.model, self.targets).items():
+            if f"{name}.lora.m" not in weights and f"{name}.weight" in weights:
+                weights[f"{name}.lora.m"] = lengths(weights[f"{name}.weight"].to(layer.weight.dtype))
+        return {**state, "model": weights}
+
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
-        """W + scale B A."""
+        """W + scale B A, at the magnitudes if there are any."""
         plain = dict(named)
         for name in linears(run.model, self.targets):
             a, b, weight = plain.pop(f"{name}.lora.a"), plain.pop(f"{name}.lora.b"), plain[f"{name}.weight"]
             wide = torch.promote_types(weight.dtype, torch.float32)
-            plain[f"{name}.weight"] = (weight.to(wide) + self.scale * b.to(wide) @ a.to(wide)).to(weight.dtype)
+            whole = weight.to(wide) + self.scale * b.to(wide) @ a.to(wide)
+            if self.magnitude:
+                whole = whole * (plain.pop(f"{name}.lora.m").to(wide) / lengths(whole))[:, None]
+            plain[f"{name}.weight"] = whole.to(weight.dtype)
         return plain
 
 
-def _alone(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that have one name."""
-    named = [p for _, p in model.named_parameters(remove_duplicate=False)]
-    counts: dict[int, int] = {}
-    for p in named:
-        counts[id(p)] = counts.get(id(p), 0) + 1
-    return [p for p in named if counts[id(p)] == 1]
-
-
-def _keep_called(parent: nn.Module, layer: Linear, name: str, where: str) -> None:
-    """Some modules of torch compute with a layer's weight instead of calling the layer, which skips the adapter."""
-    if isinstance(parent, nn.MultiheadAttention):
-        what = f"`{name}` is never called: nn.MultiheadAttention uses its weight directly."
-        raise UserError(what, where, "Leave it out of `targets`.")
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        # Its fast path in evaluation does so too, unless some hook is attached.
-        layer.register_forward_pre_hook(_no_change)
-
-
-def _no_change(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    return None
+def lengths(weight: Tensor) -> Tensor:
+    """Euclidean length of each row: [out, in] -> [out]."""
+    return torch.linalg.vector_norm(weight, dim=1)
 
 
 class LowRank(nn.Module):
@@ -133,3 +138,16 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # The thin product is scaled, not the wide one: fewer elements to pass over.
         return y + F.linear(F.linear(x, self.a) * self.scale, self.b)
+
+
+class Decomposed(LowRank):
+    """weight -> m V / |V| with V = weight + scale B A. Shapes: m [out], a [r, in], b [out, r], weight [out, in]."""
+
+    def __init__(self, layer: Linear, rank: int, scale: float) -> None:
+        super().__init__(layer, rank, scale)
+        self.m = nn.Parameter(layer.weight.new_empty(len(layer.weight)))
+
+    def forward(self, weight: Tensor) -> Tensor:  # type: ignore[override]
+        whole = weight + (self.scale * self.b) @ self.a
+        # The paper holds the length constant in the backward pass, which saves its gradient.
+        return whole * (self.m / lengths(whole.detach()))[:, None]
