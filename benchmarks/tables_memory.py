@@ -1,0 +1,36 @@
+"""Tables of the guides to less memory, from `evidence/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables_computation import evidence, table
+
+
+def memory() -> str:
+    """Every technique on one model: planned and measured bytes, seconds, loss."""
+    found = evidence("memory")
+    rows: dict[str, Any] = found["rows"]
+    if not rows:
+        return "Not measured yet."
+    lines: list[list[str]] = []
+    for name, row in rows.items():
+        base = rows[_base(name, rows)]
+        if name == "pretrained":
+            continue
+        if "error" in row:
+            lines.append([name, *[""] * 7])
+            continue
+        live, resident, time = (row[key] / base[key] for key in ("live", "resident", "seconds"))
+        lines.append([name, f"{row['planned'] / 1e6:.1f}", f"{row['live'] / 1e6:.1f}", f"{live:.2f}",
+                      f"{row['resident'] / 1e6:.0f}", f"{resident:.2f}", f"{time:.2f}", f"{row['loss']:.3f}"])  # fmt: skip
+    head = ["", "planned, MB", "live, MB", "ratio", "resident, MB", "ratio", "seconds, ratio", "loss"]
+    about = f"{found['steps']} steps, one seed; an idle process with torch and one optimizer holds {found['idle'] / 1e6:.0f} MB."
+    return f"{table(head, lines)}\n\n{about}"
+
+
+def _base(name: str, rows: dict[str, Any]) -> str:
+    """The row that a row is compared with: the plain one of its model, or full tuning of the same weights."""
+    from memory import LARGE, TUNED
+
+    return next(iter(LARGE if name in LARGE else TUNED if name in TUNED else ["plain"]))
