@@ -68,10 +68,11 @@ class QuantizedBase(Technique):
         for _, p in model.named_parameters(remove_duplicate=False):
             counts[id(p)] = counts.get(id(p), 0) + 1
         trains = [(t.name, pattern) for t in run.order.techniques for pattern in t.card.trains]
-        for name, layer in self._layers(model, run).items():
-            where = run.where(self, "targets")
+        where = run.where(self, "targets")
+        for name, layer in linears(model, self.targets, where).items():
             if counts[id(layer.weight)] > 1:
                 raise UserError(f"the weight of `{name}` is shared with another layer.", where, "Leave it out.")
+        for name, layer in self._layers(model, run).items():
             if layer.weight.shape[1] % 2:
                 what = f"`{name}` has {layer.weight.shape[1]} inputs, and two weights share a byte."
                 raise UserError(what, where, "Leave it out.")
