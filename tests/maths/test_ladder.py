@@ -77,7 +77,9 @@ def test_a_block_of_the_model_keeps_its_output_only() -> None:
 
     wide = {"width": 64, "heads": 8, "dropout": 0.0}
     state = 4 * 16 * 64 * 8
-    extra = (held(made(Ladder(reduction=8), layers=3, **wide)) - held(made(Ladder(reduction=8), layers=2, **wide))) / state
+    extra = (
+        held(made(Ladder(reduction=8), layers=3, **wide)) - held(made(Ladder(reduction=8), layers=2, **wide))
+    ) / state
     full = (held(made(layers=3, **wide)) - held(made(layers=2, **wide))) / state
     assert full > 15.9
     assert 1 <= extra < 1 + 20 / 8

@@ -73,7 +73,9 @@ def test_it_computes_with_the_packed_weights_and_gradients_flow_through() -> Non
     assert up.weight.dtype == torch.uint8
     rebuilt = up.nf4(up.weight)
     first = plain.model.blocks[1].mlp.up.weight
-    assert torch.equal(rebuilt, nf4.unpack(*nf4.pack(first, True), torch.float64)), "packed what it would have begun with"
+    assert torch.equal(rebuilt, nf4.unpack(*nf4.pack(first, True), torch.float64)), (
+        "packed what it would have begun with"
+    )
     x = torch.randn(3, 5, 32, dtype=torch.float64, requires_grad=True)
     y = up.product(x, up.weight, up.bias)
     torch.testing.assert_close(y, x @ rebuilt.T + up.bias)

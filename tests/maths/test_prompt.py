@@ -45,7 +45,9 @@ def by_hand(model: Any, tokens: Tensor, prompts: Tensor) -> Tensor:
 def test_shifted_prompts_are_tokens_whose_embedding_is_trained() -> None:
     run = tuned(Prompt(length=3, shift=True), LEARNED)
     tokens = run.batch(0)["tokens"]
-    torch.testing.assert_close(run.model(tokens), by_hand(run.model, tokens, run.model.prompts.weight), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        run.model(tokens), by_hand(run.model, tokens, run.model.prompts.weight), rtol=0, atol=1e-12
+    )
 
 
 def test_without_a_shift_tokens_keep_their_places() -> None:

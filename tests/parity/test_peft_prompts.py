@@ -51,7 +51,9 @@ def run_with(technique: Any, model: dict[str, Any]) -> Any:
 
 
 @MODELS
-@pytest.mark.parametrize("technique", [Prompt(length=3, shift=True), Prefix(length=3, shift=True)], ids=["prompt", "prefix"])
+@pytest.mark.parametrize(
+    "technique", [Prompt(length=3, shift=True), Prefix(length=3, shift=True)], ids=["prompt", "prefix"]
+)
 def test_what_we_trained_says_the_same_there(technique: Any, model: dict[str, Any], tmp_path: Path) -> None:
     run = run_with(technique, model)
     base = base_of(run, tmp_path / "base")

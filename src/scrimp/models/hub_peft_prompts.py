@@ -12,6 +12,7 @@ Legend of shapes: P vectors, C width, L blocks, K key/value heads, D head width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -73,7 +74,10 @@ def settings(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if name is None or raw.get("num_transformer_submodules") not in (None, 1):
         what = f"adapters of type `{raw.get('peft_type')}` are no prompts of a single Transformer."
         raise UserError(what, "adapter_config.json", f"Known: {', '.join(KINDS)}.")
-    return {name: {"length": int(raw["num_virtual_tokens"]), "shift": True} | ({"start": "random"} if name == "prompt" else {})}
+    return {
+        name: {"length": int(raw["num_virtual_tokens"]), "shift": True}
+        | ({"start": "random"} if name == "prompt" else {})
+    }
 
 
 def from_peft(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -91,8 +95,9 @@ def from_peft(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.M
         c = net.config
         parts = rows.chunk(c.layers, 1)
         shape = (len(rows), 2, c.kv_heads or c.heads, c.head_dim)
-        if rows.shape[1] != c.layers * shape[1] * shape[2] * shape[3]:
-            what = f"{NAME} has {rows.shape[1]} columns, and the model's keys and values {c.layers * shape[1] * shape[2] * shape[3]}."
+        wanted = c.layers * math.prod(shape[1:])
+        if rows.shape[1] != wanted:
+            what = f"{NAME} has {rows.shape[1]} columns, and the model's keys and values {wanted}."
             raise UserError(what, "adapter_model.safetensors")
         found = {
             f"blocks.{i}.attention.prefix.weight": part.view(shape).permute(1, 2, 0, 3) for i, part in enumerate(parts)

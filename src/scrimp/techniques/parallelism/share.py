@@ -8,11 +8,11 @@ Paper: Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language
 1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is `factorize`.
 
 Saves: parameters, gradients and optimizer states of all but `distinct` of the L blocks, and as much to send between
-devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for: activation
-memory or time; models whose trained blocks differ, since only the first block of a group is kept.
+devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for:
+activation memory or time; models whose trained blocks differ, since only the first block of a group is kept.
 
-Blocks stay modules of their own, with dropout of their own, and hold the same tensors: names of parameters are those of
-the first block that uses them. Export writes them under every block's name, so that the model loads anywhere.
+Blocks stay modules of their own, with dropout of their own, and hold the same tensors: names of parameters are those
+of the first block that uses them. Export writes them under every block's name, so that the model loads anywhere.
 """
 
 from __future__ import annotations
