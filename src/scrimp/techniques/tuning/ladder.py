@@ -5,13 +5,13 @@
     y    = h[L] + U norm(s[L])                               U zero at first: the run begins as the model is
 
 Only D, alpha, the side's blocks and U are trained. The side has blocks like the model's, `reduction` times thinner:
-width C / reduction and as many heads of the same width D as go into it. Paper: Sung et al., "LST: Ladder Side-Tuning for
-Parameter and Memory Efficient Transfer Learning", NeurIPS 2022, arXiv 2206.06522. Adding to the model's states, instead
-of taking their place, is this file's; so is a side that is not cut out of the model's own weights.
+width C / reduction and as many heads of the same width D as go into it. Paper: Sung et al., "LST: Ladder Side-Tuning
+for Parameter and Memory Efficient Transfer Learning", NeurIPS 2022, arXiv 2206.06522. Adding to the model's states,
+instead of taking their place, is this file's; so is a side that is not cut out of the model's own weights.
 
 Saves: activations of the whole model, whose blocks keep nothing but their outputs, and the backward pass through it,
-half of the computation. Costs: a network to run as well when the model is used; a path for gradients that is shorter and
-weaker than one through the model. Not for: export as plain weights, since the side stays beside the model.
+half of the computation. Costs: a network to run as well when the model is used; a path for gradients that is shorter
+and weaker than one through the model. Not for: export as plain weights, since the side stays beside the model.
 """
 
 from __future__ import annotations
