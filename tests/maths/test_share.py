@@ -55,6 +55,7 @@ def test_an_export_comes_back_and_blocks_that_differ_are_told() -> None:
     step(run)
     plain = exported(run)
     assert set(plain) == set(run.base)
+    assert len({t.data_ptr() for t in plain.values()}) == len(plain), "files hold each tensor on its own"
     again = made(Share(distinct=2), source={"model": plain})
     assert not again.remarks
     assert all(torch.equal(p, run.model.get_parameter(n)) for n, p in again.model.named_parameters())

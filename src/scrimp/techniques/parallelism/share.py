@@ -5,7 +5,7 @@
     gradient of w[g] = the sum of those of all blocks that use it
 
 Paper: Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", ICLR 2020, arXiv
-1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is `factorize`.
+1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is not here.
 
 Saves: parameters, gradients and optimizer states of all but `distinct` of the L blocks, and as much to send between
 devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for:
@@ -87,7 +87,7 @@ class Share(Technique):
         """The shared weights under every block's name."""
         plain = dict(named)
         for name, first in self._firsts(run.model, run).items():
-            plain |= {name + n.removeprefix(first): t for n, t in named.items() if n.startswith(f"{first}.")}
+            plain |= {name + n.removeprefix(first): t.clone() for n, t in named.items() if n.startswith(f"{first}.")}
         return plain
 
     def _firsts(self, model: nn.Module, run: Run) -> dict[str, str]:
