@@ -5,14 +5,14 @@
     gradient of w[g] = the sum of those of all blocks that use it
 
 Paper: Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", ICLR 2020, arXiv
-1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is `factorize`.
+1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is not here.
 
 Saves: parameters, gradients and optimizer states of all but `distinct` of the L blocks, and as much to send between
-devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for: activation
-memory or time; models whose trained blocks differ, since only the first block of a group is kept.
+devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for:
+activation memory or time; models whose trained blocks differ, since only the first block of a group is kept.
 
-Blocks stay modules of their own, with dropout of their own, and hold the same tensors: names of parameters are those of
-the first block that uses them. Export writes them under every block's name, so that the model loads anywhere.
+Blocks stay modules of their own, with dropout of their own, and hold the same tensors: names of parameters are those
+of the first block that uses them. Export writes them under every block's name, so that the model loads anywhere.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Share(Technique):
         """The shared weights under every block's name."""
         plain = dict(named)
         for name, first in self._firsts(run.model, run).items():
-            plain |= {name + n.removeprefix(first): t for n, t in named.items() if n.startswith(f"{first}.")}
+            plain |= {name + n.removeprefix(first): t.clone() for n, t in named.items() if n.startswith(f"{first}.")}
         return plain
 
     def _firsts(self, model: nn.Module, run: Run) -> dict[str, str]:

@@ -6,9 +6,9 @@ A layer's weight exists in full only while the layer runs, forward and again bac
 tuning methods add, such as LoRA's factors, stays as it is and learns what is lost too. Paper: Dettmers et al., "QLoRA:
 Efficient Finetuning of Quantized LLMs", NeurIPS 2023, arXiv 2305.14314. The numbers are explained in `numerics/nf4.py`.
 
-Saves: seven eighths of the memory of frozen weights in float32, three quarters in bfloat16. Costs: unpacking a layer twice
-a step; an error of the weights, of about a tenth of their size. Not for: training from scratch, or tuning all weights;
-layers whose weights are shared, such as a tied head.
+Saves: seven eighths of the memory of frozen weights in float32, three quarters in bfloat16. Costs: unpacking a layer
+twice a step; an error of the weights, of about a tenth of their size. Not for: training from scratch, or tuning all
+weights; layers whose weights are shared, such as a tied head.
 
 Weights of a checkpoint are packed one by one as they come. Without a tuning method, what is not packed is trained.
 Export gives the weights as the run used them, unpacked, with what others merge into them.
@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
-from scrimp.models.seams import Linear, linears, matching
+from scrimp.models.seams import linears, matching
 from scrimp.numerics import nf4
 from scrimp.technique import Card, Technique
 
@@ -68,10 +68,11 @@ class QuantizedBase(Technique):
         for _, p in model.named_parameters(remove_duplicate=False):
             counts[id(p)] = counts.get(id(p), 0) + 1
         trains = [(t.name, pattern) for t in run.order.techniques for pattern in t.card.trains]
-        for name, layer in self._layers(model, run).items():
-            where = run.where(self, "targets")
+        where = run.where(self, "targets")
+        for name, layer in linears(model, self.targets, where).items():
             if counts[id(layer.weight)] > 1:
                 raise UserError(f"the weight of `{name}` is shared with another layer.", where, "Leave it out.")
+        for name, layer in self._layers(model, run).items():
             if layer.weight.shape[1] % 2:
                 what = f"`{name}` has {layer.weight.shape[1]} inputs, and two weights share a byte."
                 raise UserError(what, where, "Leave it out.")
@@ -135,7 +136,7 @@ class Packed(nn.Module):
 
     def __init__(self, like: Tensor, double: bool) -> None:
         super().__init__()
-        self.shape, self.dtype, self.double = tuple(like.shape), like.dtype, double
+        self.shape, self.dtype, self.doubled = tuple(like.shape), like.dtype, double
         scales, factors = nf4.sizes(like.numel(), double)
         self.scales, self.factors = (_frozen(like, (size,)) for size in (scales, factors))
 
@@ -146,7 +147,7 @@ class Packed(nn.Module):
     @torch.no_grad()
     def fill(self, codes: Tensor, weight: Tensor) -> None:
         """Pack a weight into the codes and what is kept beside them."""
-        for own, value in zip((codes, self.scales, self.factors), nf4.pack(weight, self.double), strict=True):
+        for own, value in zip((codes, self.scales, self.factors), nf4.pack(weight, self.doubled), strict=True):
             own.copy_(value)
 
     def forward(self, codes: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,14 +4,14 @@
     s[i] = block[i](mu[i] D[i] h[i] + (1 - mu[i]) s[i-1])    mu[i] = sigmoid(alpha[i] / T), T = 0.1, alpha 0 at first
     y    = h[L] + U norm(s[L])                               U zero at first: the run begins as the model is
 
-Only D, alpha, the side's blocks and U are trained. The side has blocks like the model's, `reduction` times thinner: width
-C / reduction and as many heads of the same width D as go into it. Paper: Sung et al., "LST: Ladder Side-Tuning for
-Parameter and Memory Efficient Transfer Learning", NeurIPS 2022, arXiv 2206.06522. Adding to the model's states, instead of
-taking their place, is this file's; so is a side that is not cut out of the model's own weights.
+Only D, alpha, the side's blocks and U are trained. The side has blocks like the model's, `reduction` times thinner:
+width C / reduction and as many heads of the same width D as go into it. Paper: Sung et al., "LST: Ladder Side-Tuning
+for Parameter and Memory Efficient Transfer Learning", NeurIPS 2022, arXiv 2206.06522. Adding to the model's states,
+instead of taking their place, is this file's; so is a side that is not cut out of the model's own weights.
 
-Saves: activations of the whole model, whose blocks keep nothing but their outputs, and the backward pass through it, half
-of the computation. Costs: a network to run as well when the model is used; a path for gradients that is shorter and
-weaker than one through the model. Not for: export as plain weights, since the side stays beside the model.
+Saves: activations of the whole model, whose blocks keep nothing but their outputs, and the backward pass through it,
+half of the computation. Costs: a network to run as well when the model is used; a path for gradients that is shorter
+and weaker than one through the model. Not for: export as plain weights, since the side stays beside the model.
 """
 
 from __future__ import annotations
@@ -73,9 +73,13 @@ class Ladder(Technique):
         width, thin = c.width // self.reduction, max(1, c.heads // self.reduction)
         if not width:
             raise UserError(f"a width of {c.width} cannot be {self.reduction} times thinner.", run.where(self))
-        trunk = replace(c, width=width, heads=thin, kv_heads=0, head_width=c.head_dim, hidden=c.hidden // self.reduction)
+        trunk = replace(
+            c, width=width, heads=thin, kv_heads=0, head_width=c.head_dim, hidden=c.hidden // self.reduction
+        )
         kind = type(net.blocks[0])
-        rungs = [Rung(c.width, kind(trunk, FIRST + i, c.causal), width, self.temperature) for i in range(len(net.blocks))]
+        rungs = [
+            Rung(c.width, kind(trunk, FIRST + i, c.causal), width, self.temperature) for i in range(len(net.blocks))
+        ]
         norm = type(net.blocks[0].attention_norm)(width, c.norm, c.norm_eps, c.bias)
         net.side = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
         return model

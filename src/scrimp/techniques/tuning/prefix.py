@@ -75,7 +75,9 @@ class Prefix(Technique):
         root = None
         if self.encoder == "mlp":
             if hasattr(model, ROOT):
-                raise UserError("the model already has a prefix with an encoder.", run.where(self, "encoder"), "Use one.")
+                raise UserError(
+                    "the model already has a prefix with an encoder.", run.where(self, "encoder"), "Use one."
+                )
             like = next(iter(chosen.values())).qkv.weight
             root = Root(self.length, like, self.hidden, self.std)
             model.add_module(ROOT, root)

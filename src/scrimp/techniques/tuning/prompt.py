@@ -5,8 +5,8 @@
     P = MLP(V)                encoder: mlp, P-tuning: linear, ReLU, linear, ReLU, linear
 
 Papers: Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, arXiv 2104.08691;
-P-tuning: Liu et al., "GPT Understands, Too", arXiv 2103.10385, whose other encoder, an LSTM, is not here. The encoder only
-helps training: export drops it and keeps P.
+P-tuning: Liu et al., "GPT Understands, Too", arXiv 2103.10385, whose other encoder, an LSTM, is not here. The encoder
+only helps training: export drops it and keeps P.
 
 Saves: gradients and states of all weights of the model, and disk: length * C numbers are all that a task needs. Costs:
 `length` more tokens in every block, and steps: prompts learn slowly and like learning rates of 0.1 and more. Not for:

@@ -1,14 +1,14 @@
 """Visual prompt tuning: trained tokens between the class token and the patches, the model itself frozen.
 
-    x = [class, P, patches]                       shallow: P [length, C] trained, once
-    x <- block([class, P[i], patches])            deep: each block i gets its own; what the last one made of them is dropped
+    x = [class, P, patches]                  shallow: P [length, C] trained, once
+    x <- block([class, P[i], patches])       deep: block i gets its own, in place of what the last one made of them
 
 Paper: Jia et al., "Visual Prompt Tuning", ECCV 2022, arXiv 2203.12119. First values are uniform within
 sqrt(6 / (channels * patch^2 + C)). Prompts have no positions, and are cut off again before the last norm.
 
-Saves: gradients and states of the model's weights, and disk. Costs: `length` more tokens in every block. Not for: memory
-taken by activations, which grow; models of texts, which have `prompt`. The head begins anew and is trained too, where the
-task's head does.
+Saves: gradients and states of the model's weights, and disk. Costs: `length` more tokens in every block. Not for:
+memory taken by activations, which grow; models of texts, which have `prompt`. The head begins anew and is trained too,
+where the task's head does.
 """
 
 from __future__ import annotations
