@@ -5,10 +5,11 @@
     python benchmarks/offloading.py --steps 1 --layers 2 --out /tmp/offloading.json
 
 A GPT whose activations dominate its memory trains on random tokens, each arm in a process of its own. `seconds` are
-those of the clock, `processor` those of all threads, which a busy machine changes less. `resident` is the process' highest resident memory (VmHWM) of all steps, `base` that before the first; `live` is the highest sum of
-live tensors of a step, `planned` the same on tensors without values. `cached` is what the system's page cache holds of
-the file at its fullest, which would be memory too. `check` is a sum over all gradients of the first step: equal digits
-are equal gradients. Arms are written one by one, under the key "activations", to `evidence/offloading.json`.
+those of the clock, `processor` those of all threads, which a busy machine changes less. `resident` is the process'
+highest resident memory (VmHWM) of all steps, `base` that before the first; `live` is the highest sum of live tensors of
+a step, `planned` the same on tensors without values. `cached` is what the system's page cache holds of the file at its
+fullest, which would be memory too. `check` is a sum over all gradients of the first step: equal digits are equal
+gradients. Arms are written one by one, under the key "activations", to `evidence/offloading.json`.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ def row(arm: str, args: argparse.Namespace) -> dict[str, Any]:
             dry.register(fake.state())
             step(fake, given)
     return {
-        "arm": arm, "seconds": statistics.median(seconds), "all seconds": seconds, "processor": used, "resident": resident, "base": base,
-        "live": meter.peak, "planned": dry.peak, "disk": disk, "cached": cached, "check": repr(check),
+        "arm": arm, "seconds": statistics.median(seconds), "all seconds": seconds, "processor": used,
+        "resident": resident, "base": base, "live": meter.peak, "planned": dry.peak, "disk": disk, "cached": cached,
+        "check": repr(check),
     }  # fmt: skip
 
 
@@ -182,7 +184,8 @@ def main() -> None:
                 f"{key} {found[key] / 1e6:.0f} MB" for key in ("resident", "base", "live", "planned", "disk", "cached")
             )
             print(
-                f"{arm:28} {found['seconds']:.2f} s a step ({found['processor']:.2f} of the processor), {sizes}, check {found['check']}",
+                f"{arm:28} {found['seconds']:.2f} s a step, {found['processor']:.2f} of the processor, {sizes}, "
+                f"check {found['check']}",
                 flush=True,
             )
 
