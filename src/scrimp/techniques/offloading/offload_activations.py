@@ -50,7 +50,6 @@ class OffloadActivations(Technique):
         phase={"wrap": "saved"},
         example={"least": 1024},
         neutral={"fraction": 0.0},
-        remedies=({},),
     )
     to: Literal["auto", "host", "disk"] = "auto"
     """host: pinned memory beside a GPU. disk: a file. auto: host on a GPU, disk on a CPU."""
