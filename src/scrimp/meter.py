@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    """The memory behind a tensor: that of its parts when it wraps others, none when it lies on disk or is only shapes."""
+    """The memory behind a tensor; that of its parts when it wraps others, none if it is on disk or only shapes."""
     if not is_traceable_wrapper_subclass(tensor):
         without = tensor.device.type == "meta" or extent_of(tensor) is not None
         return [] if without else [tensor.untyped_storage()]
