@@ -21,7 +21,7 @@ import weakref
 import zlib
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Extent:
         Raises:
             UserError: if the file is shorter than it must be, or not what was written.
         """
-        view = memoryview(buffer.numpy())
+        view = memoryview(cast(Any, buffer.numpy()))
         done = 0
         while done < len(view):
             try:
@@ -131,7 +131,7 @@ class Extent:
         Raises:
             UserError: if the disk is full or fails.
         """
-        view = memoryview(buffer.numpy())
+        view = memoryview(cast(Any, buffer.numpy()))
         self.sums[start] = len(view), zlib.crc32(view)
         done = 0
         while done < len(view):

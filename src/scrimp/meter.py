@@ -59,9 +59,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
-    """The memory behind a tensor; that of its parts when it is a wrapper of others, none of one that lies on disk."""
+    """The memory behind a tensor; that of its parts when it wraps others, none if it is on disk or only shapes."""
     if not is_traceable_wrapper_subclass(tensor):
-        return [tensor.untyped_storage()] if extent_of(tensor) is None else []
+        without = tensor.device.type == "meta" or extent_of(tensor) is not None
+        return [] if without else [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     parts = [getattr(tensor, name) for name in names]
     return [storage for part in parts if isinstance(part, torch.Tensor) for storage in storages(part)]

@@ -131,8 +131,8 @@ class Moments(MutableMapping[str, Tensor]):
     def extent(self, moment: str, like: Tensor, shape: torch.Size) -> Extent | Imagined:
         """Where a moment is; made when it is new."""
         if moment not in self.extents:
-            imagined = self.file is None
-            self.extents[moment] = Imagined(shape, like.dtype) if imagined else self.file.extent(shape, like.dtype)
+            file = self.file
+            self.extents[moment] = Imagined(shape, like.dtype) if file is None else file.extent(shape, like.dtype)
         return self.extents[moment]
 
     def __getitem__(self, moment: str) -> Tensor:
@@ -156,14 +156,14 @@ class Moments(MutableMapping[str, Tensor]):
         return len(self.scalars) + len(self.extents)
 
 
-class States(defaultdict[nn.Parameter, Any]):
+class States(defaultdict[Tensor, Any]):
     """An optimizer's table of states, as others see it: parameter -> moment -> tensor."""
 
     def __init__(self, file: Scratch | None) -> None:
         super().__init__()
         self.file = file
 
-    def __missing__(self, p: nn.Parameter) -> Moments:
+    def __missing__(self, p: Tensor) -> Moments:
         self[p] = Moments(self.file)
         return self[p]
 
