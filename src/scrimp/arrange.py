@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -113,6 +113,16 @@ def clash(a: Technique, b: Technique) -> str:
         if not (a.card.scope and apart):
             return f"`{a.name}` and `{b.name}` both replace `{slot}`. Drop one of them."
     return ""
+
+
+def emulated(names: Mapping[str, Card], device: str) -> list[str]:
+    """What must be said of techniques, by name, that a kind of device has no hardware for: a sentence each."""
+    kind = {"cpu": "a CPU", "cuda": "a GPU"}.get(device, device)
+    return [
+        f"{name} is emulated on {kind}: the numbers are right, and its seconds say nothing of hardware that has it."
+        for name, card in names.items()
+        if device in card.emulated
+    ]
 
 
 def things(card: Card) -> set[str]:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map_only
 
+from scrimp.arrange import emulated
 from scrimp.clock import Clock
 from scrimp.errors import UserError
 from scrimp.machines.machine import Machine, machine
@@ -183,6 +184,7 @@ def _notes(recipe: Recipe, target: Machine, data: Any, ranks: int) -> list[str]:
         notes.append("No technique shards anything: every rank holds a replica, and gradients are averaged in place.")
     if ranks > 1 and not target.link:
         notes.append(f"The speed of {target.name}'s links is not known: communication takes no time in this plan.")
+    notes += emulated({t.name: t.card for t in recipe.techniques}, target.device)
     return [note for note in notes if note]
 
 

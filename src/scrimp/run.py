@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from scrimp.agree import configured, prepared
-from scrimp.arrange import Arrangement, arrange, misfits, scope
+from scrimp.arrange import Arrangement, arrange, emulated, misfits, scope
 from scrimp.clock import Clock
 from scrimp.errors import RecipeError, UserError
 from scrimp.groups import (
@@ -150,6 +150,7 @@ def build(
     """
     run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
     run.decisions, run.task = dict(decisions or {}), prepared(recipe, data)
+    run.remarks += emulated({t.name: t.card for t in recipe.techniques}, run.device.type)
     with on_meta(getattr(torch, recipe.dtype)):
         config = configured(recipe, data)
         model = config.build()

@@ -12,8 +12,10 @@ from typing import Any, Final
 import yaml
 
 from scrimp.ablation import NONE, amount, broken
+from scrimp.arrange import emulated
 from scrimp.charts import BYTES, COUNT, SECONDS, Axis, Line, Point, legend, line_chart, text
 from scrimp.errors import UserError
+from scrimp.registry import catalogue
 
 POINTS: Final = 150
 """Most points of a line; more steps than that are drawn as means of neighbors."""
@@ -121,7 +123,18 @@ def section(runs: Sequence[RunLog]) -> str:
         "table are the last validation's and the mean of the last tenth of the steps. Peak memory is the largest "
         "until then.</p>"
     )
-    return f"<p>{text(lead(runs))}</p>{table}{note}{_charts(runs)}"
+    warnings = "".join(f"<p>{text(sentence)}</p>" for sentence in _emulated(runs))
+    return f"<p>{text(lead(runs))}</p>{table}{note}{warnings}{_charts(runs)}"
+
+
+def _emulated(runs: Sequence[RunLog]) -> list[str]:
+    """What is said of techniques that some run's device has no hardware for, once each."""
+    known, found = catalogue(), dict[str, None]()
+    for run in runs:
+        gpu = run.environment.get("cuda") and run.settings.get("device") != "cpu"
+        cards = {name: known[name].card for name in _techniques(run.settings) if name in known}
+        found |= dict.fromkeys(emulated(cards, "cuda" if gpu else "cpu"))
+    return list(found)
 
 
 def _row(run: RunLog) -> str:

@@ -113,7 +113,8 @@ class Card:
     phase: Mapping[str, str] = field(default_factory=dict[str, str])
     """slot -> its phase in `PHASES`."""
     emulated: tuple[str, ...] = ()
-    """Devices on which it computes the right numbers but saves nothing."""
+    """Kinds of devices that lack its hardware: it computes the right numbers there and saves no time. Plans, runs and
+    reports say so."""
     example: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Settings for the contract and pair tests."""
     remedies: tuple[Mapping[str, Any], ...] = ()

@@ -42,7 +42,7 @@ def test_the_nearest_entry_of_each_block() -> None:
 
 @pytest.mark.parametrize("rule", ["adam", "adamw", "lion", "sgd", "lamb", "lars", "muon"])
 def test_rules_step_as_they_do_whole(rule: str) -> None:
-    """One parameter at a time, a rule does what it does on all: the first step differs by nothing, later ones little."""
+    """One parameter at a time, a rule does what it does on all: the first step is the same, later ones nearly so."""
     ends = []
     for extra in ((), (example("low_bit_states", smallest=10**9),), (example("low_bit_states"),)):
         run = run_of(recipe(example(rule), *extra, model=MODEL | {"layers": 1}))

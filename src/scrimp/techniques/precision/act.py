@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_iter
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
@@ -126,7 +127,7 @@ class Shelf:
         """A hook that begins the count of a block's tensors anew at each forward pass."""
 
         def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = [t for t in torch.utils._pytree.tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+            tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
             self.next[number], self.least[number] = 0, tensors[0].numel() // SMALL
             # Angles, masks and states come from outside, and other blocks need them too.
             self.given[number] = {storage(t) for t in tensors[1:]}

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Matrix products of 8-bit floating-point numbers.
 
     y = (sx x)_e4m3 (sw W)_e4m3^T / (sx sw),   s = 2^floor(log2(largest number of the format / max |x|))

@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Matrix products of 8-bit integers, forward and backward.
 
     q = r(x / s),   s = max |x| / 127,   -127 <= q <= 127;      y = sx sw (qx qw^T), summed in 32-bit integers
