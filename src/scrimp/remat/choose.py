@@ -12,6 +12,7 @@ from torch import Tensor
 from scrimp.errors import UserError
 from scrimp.limits import size_of
 from scrimp.remat.chain import Piece, Schedule, best_segment, every, everything, segments, simulate
+from scrimp.remat.dynamic import Evicting
 from scrimp.remat.executor import Call, Policy, Scheduled
 from scrimp.remat.given import Forward, Given
 from scrimp.remat.measure import Link, measured, reruns
@@ -63,6 +64,8 @@ def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], 
     room = bytes_of(budget, pieces)
     if mode == "optimal":
         return Scheduled(_found(optimal(pieces, room), pieces, room))
+    if mode == "dynamic":
+        return Evicting(pieces, room)
     fits = [choice for choice in choices(pieces, room, links, given) if choice.bytes <= room]
     if not fits:
         _found(None, pieces, room)
