@@ -16,6 +16,7 @@ from scrimp.remat.dynamic import Evicting
 from scrimp.remat.executor import Call, Policy, Scheduled
 from scrimp.remat.given import Forward, Given
 from scrimp.remat.measure import Link, measured, reruns
+from scrimp.remat.program import cheapest
 from scrimp.remat.rotor import least, optimal
 from scrimp.remat.selective import SAVES, Save, checkpointed
 
@@ -66,6 +67,8 @@ def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], 
         return Scheduled(_found(optimal(pieces, room), pieces, room))
     if mode == "dynamic":
         return Evicting(pieces, room)
+    if mode == "milp":
+        return Scheduled(_found(cheapest(pieces, room), pieces, room))
     fits = [choice for choice in choices(pieces, room, links, given) if choice.bytes <= room]
     if not fits:
         _found(None, pieces, room)

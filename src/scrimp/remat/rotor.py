@@ -28,7 +28,7 @@ def optimal(pieces: Sequence[Piece], budget: int, slots: int = SLOTS) -> Schedul
     room = budget - pieces[0].input
     if room <= 0:
         return None
-    table = Table(pieces, max(room // slots, 1), min(slots, room))
+    table = Table(pieces, room, slots)
     if not np.isfinite(table.cost[0, len(pieces) - 1][-1]):
         return None
     return table.schedule()
@@ -38,7 +38,7 @@ def least(pieces: Sequence[Piece], slots: int = SLOTS) -> int:
     """The smallest budget that suffices, up to rounding."""
     top = 2 * sum(p.input + p.full for p in pieces)
     room = top - pieces[0].input
-    table = Table(pieces, max(room // slots, 1), min(slots, room))
+    table = Table(pieces, room, slots)
     first = int(np.argmax(np.isfinite(table.cost[0, len(pieces) - 1])))
     return pieces[0].input + first * table.size
 
@@ -47,12 +47,13 @@ class Table:
     """C(i, k, m) and the choice behind each entry.
 
     Args:
-        size: bytes a slot.
-        slots: how many there are.
+        room: bytes beside x_0.
+        slots: into how many they are divided, at most.
     """
 
-    def __init__(self, pieces: Sequence[Piece], size: int, slots: int) -> None:
-        self.pieces, self.size, self.slots = pieces, size, slots
+    def __init__(self, pieces: Sequence[Piece], room: int, slots: int) -> None:
+        self.pieces, self.size = pieces, -(-room // slots)
+        self.slots = room // self.size
         self.cost: dict[tuple[int, int], np.ndarray] = {}
         self.choice: dict[tuple[int, int], np.ndarray] = {}
         for length in range(len(pieces)):
