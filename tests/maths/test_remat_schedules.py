@@ -11,8 +11,8 @@ import pytest
 
 from scrimp.remat.chain import Piece, Schedule, Step, best_segment, every, everything, plain, segments, simulate
 from scrimp.remat.checkmate import Operator, Value, solve
-from scrimp.remat.eviction import Operator as Line
 from scrimp.remat.eviction import FullError, feed_forward
+from scrimp.remat.eviction import Operator as Line
 from scrimp.remat.eviction import simulate as evicted
 from scrimp.remat.program import cheapest
 from scrimp.remat.rotor import least, optimal

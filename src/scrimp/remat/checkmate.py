@@ -3,9 +3,9 @@
     R[t, i]  operator i runs in stage t        least sum of cost[t, i] R[t, i]
     S[t, v]  value v is kept from stage t - 1 to stage t
 
-Stage t ends with operator t for the first time: R[t, t] = 1, and nothing after it runs. A value is at hand in stage t if
-it was kept or its operator runs; F[t, v, i] says that it is freed right after operator i, which may be its maker or one
-that reads it. The bytes at hand after every operator stay within the budget, and so do those while it runs.
+Stage t ends with operator t for the first time: R[t, t] = 1, and nothing after it runs. A value is at hand in stage t
+if it was kept or its operator runs; F[t, v, i] says that it is freed right after operator i, which may be its maker or
+one that reads it. The bytes at hand after every operator stay within the budget, and so do those while it runs.
 
 Paper: Jain et al., "Checkmate: Breaking the Memory Wall with Optimal Tensor Rematerialization", MLSys 2020,
 arXiv 1910.02653. An operator here may make several values, such as an output and what its backward pass needs.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,8 @@ def solve(
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix
     except ImportError:
-        raise UserError("an integer program needs scipy.", "mode", "pip install scipy, or set mode to optimal.") from None
+        fix = "pip install scipy, or set mode to optimal."
+        raise UserError("an integer program needs scipy.", "mode", fix) from None
     count = len(operators)
     costs = np.tile([op.cost for op in operators], (count, 1)) if costs is None else costs
     program = Program()
@@ -112,9 +114,11 @@ def solve(
     places = [(i, v, f) for i, row in enumerate(program.rows) for v, f in row.items()]
     at, columns, factors = zip(*places, strict=True)
     matrix = csr_matrix((factors, (at, columns)), shape=(len(program.rows), size))
+    # scipy's stubs know scalar bounds only.
+    bounds: Any = Bounds(lower, upper)  # pyright: ignore[reportArgumentType]
+    constraints: Any = LinearConstraint(matrix, program.low, program.high)  # pyright: ignore[reportArgumentType]
     found = milp(
-        objective, integrality=np.ones(size), bounds=Bounds(lower, upper),
-        constraints=LinearConstraint(matrix, program.low, program.high), options={"time_limit": seconds},
+        objective, integrality=np.ones(size), bounds=bounds, constraints=constraints, options={"time_limit": seconds},
     )  # fmt: skip
     if found.x is None:
         if found.status == 2:
@@ -156,12 +160,13 @@ def _memory(
     budget: int,
 ) -> None:  # fmt: skip
     """Bytes at hand, operator by operator, as a running sum of what is made and freed. In units of the budget."""
-    count, readers = len(operators), [[i for i, op in enumerate(operators) if v in op.reads] for v in range(len(values))]
+    count = len(operators)
+    readers = [[i for i, op in enumerate(operators) if v in op.reads] for v in range(len(values))]
     for t in range(count):
         held: dict[int, float] = {int(kept[t, v]): value.size / budget for v, value in enumerate(values)}
         for i in range(t + 1):
             op = operators[i]
-            for v, value in enumerate(values):
+            for value in values:
                 if value.maker == i:
                     held[int(runs[t, i])] = held.get(int(runs[t, i]), 0.0) + value.size / budget
             program.row([*held.items(), (runs[t, i], op.work / budget)], -np.inf, 1)

@@ -106,7 +106,6 @@ def _found(schedule: Schedule | None, pieces: Sequence[Piece], room: int) -> Sch
         least_ = least(pieces)
         what = f"{size(room)} cannot hold what the blocks need at least, {size(least_)}."
         share = least_ / everything(pieces)
-        raise UserError(what, "techniques.recompute.budget", f"Give that much, a share of {share:.2f}, or a smaller batch.")
+        fix = f"Give that much, which is a share of {share:.2f}, or lower `batch`."
+        raise UserError(what, "techniques.recompute.budget", fix)
     return schedule
-
-

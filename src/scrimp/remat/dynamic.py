@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -53,7 +54,7 @@ class Evicting:
     def restore(self, call: Call) -> None:
         """Run again from the nearest input that is there, keeping packs on the way."""
         line = lineage(call)
-        for before, after in zip(line, line[1:], strict=False):
+        for before, after in pairwise(line):
             held, _ = self.entries[after]
             x = self._again(before)
             assert x is not None

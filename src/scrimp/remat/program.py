@@ -40,7 +40,7 @@ def schedule(solution: Solution, count: int) -> Schedule:
     before the block runs that makes it anew."""
     runs = solution.runs
     # All forward stages are one row; each backward pass is preceded by one.
-    rows = [[i for i in range(count)]] + [[i for i in range(count) if runs[t, i]] for t in range(count, 2 * count)]
+    rows = [list(range(count))] + [[i for i in range(count) if runs[t, i]] for t in range(count, 2 * count)]
     made: list[tuple[Step, ...]] = []
     for number, row in enumerate(rows):
         steps: list[Step] = []

@@ -6,8 +6,8 @@
     C(i, k, m) = least of  cost_i + C(i+1, k, m - pack_i - x_{i+1})             keep the pack of i
                            cost_i + .. + cost_{j-1} + C(j, k, m - x_j) + C(i, j-1, m)   hold x_j, start again from x_i
 
-Paper: Herrmann et al., "Optimal checkpointing for heterogeneous chains", arXiv 1911.13214. On a chain of equal blocks of
-which one pack fits, the second line is the binomial checkpointing of Griewank and Walther.
+Paper: Herrmann et al., "Optimal checkpointing for heterogeneous chains", arXiv 1911.13214. On a chain of equal blocks
+of which one pack fits, the second line is the binomial checkpointing of Griewank and Walther.
 
 m counts slots of budget / 1000 bytes. What a block needs is rounded up, so that a schedule never exceeds the budget.
 """
