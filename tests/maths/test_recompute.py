@@ -126,7 +126,7 @@ def test_every_and_patterns_choose_blocks() -> None:
 
 def test_without_gradients_nothing_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(recipe(example("recompute")))
-    monkeypatch.setattr("scrimp.techniques.rematerialization.recompute.checkpoint", None)
+    monkeypatch.setattr("scrimp.remat.selective.checkpoint", None)
     assert run.evaluate
     run.evaluate(lambda model: run.task.evaluate(model, [run.batch(0)]))
     with pytest.raises(TypeError):

@@ -2,8 +2,8 @@
 
     x_0 -> block 0 -> x_1 -> block 1 -> ... -> x_L
 
-The backward pass of block l needs what its forward pass kept, its pack. A pack that was dropped is made again by running
-the block from its input x_l; an input that was dropped, by running the block before it.
+The backward pass of block l needs what its forward pass kept, its pack. A pack that was dropped is made again by
+running the block from its input x_l; an input that was dropped, by running the block before it.
 """
 
 from __future__ import annotations

@@ -12,9 +12,11 @@ from torch import Tensor
 from scrimp.errors import UserError
 from scrimp.limits import size_of
 from scrimp.remat.chain import Piece, Schedule, best_segment, every, everything, segments, simulate
+from scrimp.remat.dynamic import Evicting
 from scrimp.remat.executor import Call, Policy, Scheduled
 from scrimp.remat.given import Forward, Given
 from scrimp.remat.measure import Link, measured, reruns
+from scrimp.remat.program import cheapest
 from scrimp.remat.rotor import least, optimal
 from scrimp.remat.selective import SAVES, Save, checkpointed
 
@@ -63,6 +65,10 @@ def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], 
     room = bytes_of(budget, pieces)
     if mode == "optimal":
         return Scheduled(_found(optimal(pieces, room), pieces, room))
+    if mode == "dynamic":
+        return Evicting(pieces, room)
+    if mode == "milp":
+        return Scheduled(_found(cheapest(pieces, room), pieces, room))
     fits = [choice for choice in choices(pieces, room, links, given) if choice.bytes <= room]
     if not fits:
         _found(None, pieces, room)
@@ -100,7 +106,6 @@ def _found(schedule: Schedule | None, pieces: Sequence[Piece], room: int) -> Sch
         least_ = least(pieces)
         what = f"{size(room)} cannot hold what the blocks need at least, {size(least_)}."
         share = least_ / everything(pieces)
-        raise UserError(what, "techniques.recompute.budget", f"Give that much, a share of {share:.2f}, or a smaller batch.")
+        fix = f"Give that much, which is a share of {share:.2f}, or lower `batch`."
+        raise UserError(what, "techniques.recompute.budget", fix)
     return schedule
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -153,7 +154,7 @@ class Scheduled:
         """From the nearest input that is held, forward to the call."""
         line = lineage(call)
         x, steps = line[0].input, self.rows[call.block]
-        for before, after in zip(line, line[1:], strict=False):
+        for before, after in pairwise(line):
             step = steps.get(before.block)
             assert x is not None
             x = before.again(x, keep=step is not None and step.pack)
@@ -182,9 +183,7 @@ class Player:
         draws: whether blocks may draw from torch's generator.
     """
 
-    def __init__(
-        self, forwards: Sequence[Forward], policy: Callable[[Given], Policy | None], draws: bool
-    ) -> None:
+    def __init__(self, forwards: Sequence[Forward], policy: Callable[[Given], Policy | None], draws: bool) -> None:
         self._forwards, self._decide, self._draws = forwards, policy, draws
         self._policies: dict[tuple[Any, ...], Policy | None] = {}
         self._policy: Policy | None = None

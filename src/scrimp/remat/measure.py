@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore[reportPrivateUsage]
 from torch.utils._pytree import tree_map_only
@@ -31,6 +32,7 @@ def price(ops: Sequence[Op]) -> float:
 class Link:
     """A block of a chain: what it runs, and what blocks that cost the same have in common."""
 
+    block: nn.Module
     forward: Forward
     kind: Hashable
 
@@ -42,7 +44,7 @@ class Link:
             for name, m in block.named_modules()
         )
         weights = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
-        return cls(block.forward, (getattr(block.forward, "__qualname__", ""), parts, weights))
+        return cls(block, block.forward, (getattr(block.forward, "__qualname__", ""), parts, weights))
 
 
 def measured(links: Sequence[Link], given: Given) -> list[Piece]:
@@ -58,7 +60,7 @@ def measured(links: Sequence[Link], given: Given) -> list[Piece]:
         for link in links:
             key = (link.kind, x.shape, x.dtype, x.requires_grad)
             if key not in known:
-                known[key] = _piece(link.forward, x, given)
+                known[key] = _piece(link, x, given)
             piece, x = known[key]
             pieces.append(piece)
     return pieces
@@ -66,22 +68,34 @@ def measured(links: Sequence[Link], given: Given) -> list[Piece]:
 
 def reruns(links: Sequence[Link], around: Callable[[Forward], Forward], given: Given) -> list[tuple[int, float]]:
     """(bytes kept, cost of what runs again) of each block when it checkpoints itself."""
-    known = {link.kind: link.forward for link in links}
-    found = {kind: rerun(around(forward), given) for kind, forward in known.items()}
+    known = {link.kind: link for link in links}
+    found = {kind: _rerun(link, around(link.forward), given) for kind, link in known.items()}
     return [found[link.kind] for link in links]
 
 
-def rerun(forward: Forward, given: Given) -> tuple[int, float]:
-    """(bytes kept, cost of what runs again) of a block that checkpoints itself."""
+def _rerun(link: Link, forward: Forward, given: Given) -> tuple[int, float]:
     with shapes_only(given.input()) as like:
-        trace = Trace()
-        trace.part = "step"
         x = like(given.input()).requires_grad_()
+        trace, held = watched(link.block, x)
+        before = trace.live
         with trace:
             y = handed_on(given.mapped(like).call(forward, x))
-            kept = trace.live - y.untyped_storage().nbytes()
+            kept = trace.live - before - y.untyped_storage().nbytes()
             torch.autograd.grad(y, x, torch.empty_like(y))
+        del held
         return kept, price([op for op in trace.ops if op.phase == "recompute"])
+
+
+def watched(block: nn.Module, x: Tensor) -> tuple[Trace, list[Tensor]]:
+    """A trace that knows a block's input and weights; they are returned, as what is not held is converted anew."""
+    mode = detect_fake_mode()
+    assert mode is not None
+    trace = Trace()
+    trace.part = "step"
+    weights = [*block.parameters(), *block.buffers()]
+    held = [x, *(w if isinstance(w, FakeTensor) else mode.from_tensor(w) for w in weights)]
+    trace.register(held)
+    return trace, held
 
 
 @contextmanager
@@ -96,23 +110,23 @@ def shapes_only(x: Tensor) -> Iterator[Callable[[Any], Any]]:
         yield like
 
 
-def _piece(forward: Forward, x: Tensor, given: Given) -> tuple[Piece, Tensor]:
+def _piece(link: Link, x: Tensor, given: Given) -> tuple[Piece, Tensor]:
     """A block's piece, and the input of the next."""
     packed: list[int] = []
-    trace = Trace()
-    trace.part = "step"
+    trace, held = watched(link.block, x)
+    before = trace.live
 
     def pack(t: Tensor) -> Tensor:
         packed.append(len(trace.ops))
         return t.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), trace:
-        out = given.call(forward, x)
+        out = given.call(link.forward, x)
         y = handed_on(out)
         node, size = y.grad_fn, y.untyped_storage().nbytes()
     following = torch.empty_like(y).requires_grad_(y.requires_grad)
     del out, y
-    kept = trace.live
-    del node
+    kept, full = trace.live - before, max(trace.peak - before, trace.live - before + size)
+    del node, held
     again = trace.ops[: packed[-1]] if packed else []
-    return Piece(price(trace.ops), price(again), x.untyped_storage().nbytes(), kept, max(trace.peak, kept + size)), following
+    return Piece(price(trace.ops), price(again), x.untyped_storage().nbytes(), kept, full), following

@@ -6,8 +6,8 @@
     C(i, k, m) = least of  cost_i + C(i+1, k, m - pack_i - x_{i+1})             keep the pack of i
                            cost_i + .. + cost_{j-1} + C(j, k, m - x_j) + C(i, j-1, m)   hold x_j, start again from x_i
 
-Paper: Herrmann et al., "Optimal checkpointing for heterogeneous chains", arXiv 1911.13214. On a chain of equal blocks of
-which one pack fits, the second line is the binomial checkpointing of Griewank and Walther.
+Paper: Herrmann et al., "Optimal checkpointing for heterogeneous chains", arXiv 1911.13214. On a chain of equal blocks
+of which one pack fits, the second line is the binomial checkpointing of Griewank and Walther.
 
 m counts slots of budget / 1000 bytes. What a block needs is rounded up, so that a schedule never exceeds the budget.
 """
@@ -28,7 +28,7 @@ def optimal(pieces: Sequence[Piece], budget: int, slots: int = SLOTS) -> Schedul
     room = budget - pieces[0].input
     if room <= 0:
         return None
-    table = Table(pieces, max(room // slots, 1), min(slots, room))
+    table = Table(pieces, room, slots)
     if not np.isfinite(table.cost[0, len(pieces) - 1][-1]):
         return None
     return table.schedule()
@@ -38,7 +38,7 @@ def least(pieces: Sequence[Piece], slots: int = SLOTS) -> int:
     """The smallest budget that suffices, up to rounding."""
     top = 2 * sum(p.input + p.full for p in pieces)
     room = top - pieces[0].input
-    table = Table(pieces, max(room // slots, 1), min(slots, room))
+    table = Table(pieces, room, slots)
     first = int(np.argmax(np.isfinite(table.cost[0, len(pieces) - 1])))
     return pieces[0].input + first * table.size
 
@@ -47,12 +47,13 @@ class Table:
     """C(i, k, m) and the choice behind each entry.
 
     Args:
-        size: bytes a slot.
-        slots: how many there are.
+        room: bytes beside x_0.
+        slots: into how many they are divided, at most.
     """
 
-    def __init__(self, pieces: Sequence[Piece], size: int, slots: int) -> None:
-        self.pieces, self.size, self.slots = pieces, size, slots
+    def __init__(self, pieces: Sequence[Piece], room: int, slots: int) -> None:
+        self.pieces, self.size = pieces, -(-room // slots)
+        self.slots = room // self.size
         self.cost: dict[tuple[int, int], np.ndarray] = {}
         self.choice: dict[tuple[int, int], np.ndarray] = {}
         for length in range(len(pieces)):
