@@ -20,7 +20,7 @@ from scrimp.errors import UserError, did_you_mean, nearest
 
 INPUT: Final = ("scale",)
 """Order in which steps on an input run."""
-WEIGHT: Final = ("expand", "low-rank", "mask", "quantize", "scale")
+WEIGHT: Final = ("expand", "scale", "low-rank", "mask", "quantize")
 """Order in which steps on a weight run."""
 BIAS: Final = ("scale",)
 """Order in which steps on a bias run."""
