@@ -76,6 +76,15 @@ class Linear(nn.Module):
         steps.append((phases.index(phase), name))
         steps.sort()
 
+    def weight_before(self, step: str) -> Tensor:
+        """The weight as a step on it gets it: after all steps before."""
+        weight: Tensor = self.weight
+        for _, name in self.on_weight:
+            if name == step:
+                break
+            weight = self._modules[name](weight)  # pyright: ignore[reportOptionalCall]
+        return weight
+
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """Fill one of the layer's own parameters."""
         if name == "bias":
