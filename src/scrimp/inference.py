@@ -163,7 +163,8 @@ def export_adapters(place: str | Path, out: str | Path) -> Path:
 
     run = open_run(place, corpus=False)
     source = getattr(run.recipe.model, "source", "")
-    if not source:
+    start = RunFolder.reopen(place)[3]["from"]
+    if not source or (start and not hub_peft.is_adapter(start)):
         fix = "Export the run it started from, and train with `model: {from: FOLDER}`; or use `--to hf`, which merges."
         raise UserError("adapters need a folder of the weights that they stand on.", str(place), fix)
     config = configured(run.recipe, run.data)

@@ -16,9 +16,10 @@ import yaml
 
 from scrimp import checkpoint
 from scrimp.errors import UserError
-from scrimp.inference import continue_text, evaluate, export
+from scrimp.inference import continue_text, evaluate, export, export_adapters
 from scrimp.models import hub
 from scrimp.recipe import Recipe
+from scrimp.restore import starting_weights
 from scrimp.training import train
 from tiny import assert_equal, example, flat, recipe, run_of
 
@@ -68,6 +69,35 @@ def on_a_folder(tmp_path: Path) -> Recipe:
     export(base.folder, tmp_path / "hf")
     model = {"from": str(tmp_path / "hf")}
     return made(tmp_path, "tuned", example("lora"), model=model, checkpoint={"adapter_only": True, "every": "4 step"})
+
+
+def test_adapters_go_to_peft_and_a_run_begins_with_them(tmp_path: Path) -> None:
+    tuned = on_a_folder(tmp_path)
+    first = train(tuned)
+    export_adapters(tmp_path / "tuned", tmp_path / "peft")
+    export_adapters(tmp_path / "tuned", tmp_path / "peft")  # an earlier one is replaced
+    begun = run_of(tuned, source=starting_weights(tuned, tuned.data.open(), str(tmp_path / "peft")))
+    for name, p in first.run.model.named_parameters():
+        assert torch.equal(p, begun.model.get_parameter(name)), name
+    second = train(tuned, start=tmp_path / "peft")
+    assert second.folder is not None
+    again = train(resume=second.folder / "checkpoints/step-000000004")
+    assert_equal(flat(second.run.state()), flat(again.run.state()))
+    export_adapters(second.folder, tmp_path / "peft2")
+
+
+def test_adapters_without_a_folder_to_stand_on_are_not_exported(tmp_path: Path) -> None:
+    base = train(made(tmp_path, "base", sample={"tokens": 0}))
+    train(made(tmp_path, "tuned", example("lora"), sample={"tokens": 0}), start=base.folder)
+    with pytest.raises(UserError, match="adapters need a folder"):
+        export_adapters(tmp_path / "tuned", tmp_path / "peft")
+    export(tmp_path / "tuned", tmp_path / "merged")
+
+
+def test_what_does_not_merge_is_not_exported(tmp_path: Path) -> None:
+    train(made(tmp_path, "tuned", example("adapter"), sample={"tokens": 0}))
+    with pytest.raises(UserError, match="`adapter` added layers to the model that do not merge"):
+        export(tmp_path / "tuned", tmp_path / "hf")
 
 
 @pytest.mark.parametrize("verb", ["resume", "evaluate", "generate", "export"])

@@ -203,3 +203,45 @@ def test_adapters_that_would_never_be_called_are_refused() -> None:
 def test_apply_refuses_what_needs_the_trainer() -> None:
     with pytest.raises(UserError, match="acts in `backward`"):
         scrimp.apply(nn.Linear(2, 2), [example("accumulate")])
+
+
+def test_magnitudes_by_the_equation() -> None:
+    torch.manual_seed(0)
+    layer: Any = nn.Sequential(nn.Linear(6, 5)).double()
+    weight, bias = layer[0].weight.detach().clone(), layer[0].bias.detach()
+    x = torch.randn(7, 6, dtype=torch.float64)
+    plain = layer(x)
+    tuned: Any = scrimp.apply(layer, [LoRA(rank=4, alpha=12.0, magnitude=True, targets="*")])
+    assert torch.equal(tuned(x), plain)
+    lora = tuned[0].lora
+    random_b(tuned)
+    with torch.no_grad():
+        lora.m.mul_(torch.arange(1, 6))
+    upstream = torch.randn(7, 5, dtype=torch.float64)
+    y = tuned(x)
+    y.backward(upstream)
+    with torch.no_grad():
+        whole = weight + 3 * lora.b @ lora.a
+        length = whole.norm(dim=1)
+        torch.testing.assert_close(y, x @ (whole * (lora.m / length)[:, None]).T + bias, rtol=0, atol=1e-12)
+        torch.testing.assert_close(lora.m.grad, (upstream * (x @ whole.T)).sum(0) / length, rtol=0, atol=1e-12)
+        # The length is held constant, so that B's gradient is the product's alone.
+        by_b = 3 * (upstream * lora.m / length).T @ (x @ lora.a.T)
+        torch.testing.assert_close(lora.b.grad, by_b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_magnitudes_are_of_the_weights_that_a_run_starts_from_and_merge(given: bool) -> None:
+    base = run_of(recipe(dtype="float64", seed=5, model=UNTIED))
+    source: Any = {"model": {n: p.detach() for n, p in base.model.named_parameters()}} if given else None
+    made = recipe(LoRA(rank=2, magnitude=True), dtype="float64", model=UNTIED)
+    run: Any = run_of(made, source=source)
+    plain = run_of(recipe(dtype="float64", model=UNTIED), source=source)
+    tokens = run.batch(0)["tokens"]
+    run.model.eval()
+    plain.model.eval()
+    assert torch.equal(run.model(tokens), plain.model(tokens))
+    random_b(run.model)
+    merged = run_of(recipe(dtype="float64", model=UNTIED), source={"model": exported(run)})
+    merged.model.eval()
+    torch.testing.assert_close(run.model(tokens), merged.model(tokens), rtol=0, atol=1e-12)

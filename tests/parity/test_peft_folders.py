@@ -68,7 +68,7 @@ def shaken(model: nn.Module) -> None:
     torch.manual_seed(1)
     for name, p in model.named_parameters():
         if ".lora" in name or ".ia3" in name:
-            p.data.add_(0.5 * torch.randn_like(p))
+            p.data.add_(0.2 * torch.randn_like(p))
 
 
 def write(run: Run, family: str, base: Path, out: Path) -> None:

@@ -107,17 +107,20 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
     raw, tensors = module.write([t for t in techniques if t.name == name], named, names)
     trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and f".{name}." not in n}
     heads = names.form.write({n: t for n, t in named.items() if n.rpartition(".")[0] in trained}, config)
-    saved = list(dict.fromkeys(n.rpartition(".")[0] for n in heads)) or None
+    modules = {n.rpartition(".")[0] for n in heads}
+    saved = sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules))
+    inside = tuple(f"{module}." for module in saved)
+    heads |= {theirs: named[ours] for theirs, ours in _copies(names).items() if theirs.startswith(inside)}
     raw = {
         "peft_type": kind, "base_model_name_or_path": base, "task_type": TASKS.get(getattr(config, "head", "-")),
-        "inference_mode": True, "modules_to_save": saved, "fan_in_fan_out": model_type == "gpt2", **raw,
+        "inference_mode": True, "modules_to_save": saved or None, "fan_in_fan_out": model_type == "gpt2", **raw,
     }  # fmt: skip
     partial = folder.parent / f".partial-{folder.name}"
     refuse_others(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        whole = {PREFIX + n: t.contiguous() for n, t in (tensors | heads).items()}
+        whole = {PREFIX + n: t.clone().contiguous() for n, t in (tensors | heads).items()}
         save_tensors(whole, partial / WEIGHTS, {"format": "pt"})
         write_json(partial / CONFIG, raw)
         replace_folder(folder, partial)
@@ -126,6 +129,13 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
         raise UserError(f"cannot be written: {error}.", str(folder), fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copies(names: Names) -> dict[str, str]:
+    """What their head holds once more, by our names: a module is saved whole, with what it shares."""
+    weights = dict.fromkeys(names.form.copies(names.config), "embed.weight")
+    biases = {theirs.removesuffix("weight") + "bias": "head.bias" for theirs in weights}
+    return weights | (biases if getattr(names.config, "head", "") == "mlm" else {})
 
 
 def refuse_others(folder: Path) -> None:
@@ -159,6 +169,8 @@ def read(
     module = importlib.import_module(f"scrimp.models.{KINDS[name][1]}")
     ours = module.read(raw, held, mine, base, names)
     heads = {n: held.pop(n) for n in names.form.tensors(config) if n in held}
+    for copy in _copies(names):
+        held.pop(copy, None)
     if held:
         what = f"has what `{name}` has no place for: {', '.join(list(held)[:6])}."
         raise UserError(what, str(folder / WEIGHTS))

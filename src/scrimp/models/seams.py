@@ -20,7 +20,7 @@ from scrimp.errors import UserError, did_you_mean, nearest
 
 INPUT: Final = ("scale",)
 """Order in which steps on an input run."""
-WEIGHT: Final = ("expand", "low-rank", "mask", "quantize", "scale")
+WEIGHT: Final = ("expand", "scale", "low-rank", "mask", "quantize")
 """Order in which steps on a weight run."""
 BIAS: Final = ("scale",)
 """Order in which steps on a bias run."""
@@ -75,6 +75,15 @@ class Linear(nn.Module):
         self.add_module(name, step)
         steps.append((phases.index(phase), name))
         steps.sort()
+
+    def weight_before(self, step: str) -> Tensor:
+        """The weight as a step on it gets it: after all steps before."""
+        weight: Tensor = self.weight
+        for _, name in self.on_weight:
+            if name == step:
+                break
+            weight = self._modules[name](weight)  # pyright: ignore[reportOptionalCall]
+        return weight
 
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """Fill one of the layer's own parameters."""

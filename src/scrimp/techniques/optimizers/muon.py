@@ -49,7 +49,7 @@ class Muon(Technique):
         claim="about 2x the computational efficiency of AdamW with compute-optimal training (abstract of 2502.16982)",
         saves="steps to a loss, and one of Adam's two states of hidden matrices",
         costs="15 small products a matrix and step",
-        sets=("update rule",),
+        sets=("update rule", "rule of matrices"),
         scope="params",
         phase={"optimizer": "rule"},
         example={"lr": 1e-3},

@@ -34,6 +34,7 @@ class BitFit(Technique):
         saves="gradients and states of all matrices, and a third of the activations",
         costs="nothing",
         trains=("bias",),
+        refuses={"rule of matrices": "it trains vectors alone, and the other is a rule for matrices."},
         example={"norms": True},
     )
     norms: bool = False

@@ -39,6 +39,7 @@ class IA3(Technique):
         costs="a pass over q, k, v and one over the hidden activations",
         trains=("*.ia3.*",),
         phase={"model": "seams", "export": "gated"},
+        refuses={"rule of matrices": "it trains vectors alone, and the other is a rule for matrices."},
         example={"queries": True},
     )
     keys_values: str = "attention.qkv|cross.kv"

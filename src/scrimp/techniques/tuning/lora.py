@@ -82,17 +82,23 @@ class LoRA(Technique):
     def init(self, model: nn.Module, run: Run) -> nn.Module:
         """Magnitudes of the weights as they are."""
         for layer in linears(model, self.targets).values() if self.magnitude else ():
-            layer.get_parameter("lora.m").copy_(lengths(layer.weight))
+            layer.get_parameter("lora.m").copy_(lengths(layer.weight_before("lora")))
         return model
 
+    @torch.no_grad()
     def carry(self, state: State, run: Run) -> State:
-        """Magnitudes of the weights that a run starts from, which other weights than the first may be."""
+        """Magnitudes of the weights that a run starts from, where these have none."""
         if not self.magnitude or "model" not in state:
             return state
         weights = dict(state["model"])
         for name, layer in linears(run.model, self.targets).items():
-            if f"{name}.lora.m" not in weights and f"{name}.weight" in weights:
-                weights[f"{name}.lora.m"] = lengths(weights[f"{name}.weight"].to(layer.weight.dtype))
+            if f"{name}.lora.m" in weights:
+                continue
+            for part, own in layer.named_parameters():
+                given = weights.get(f"{name}.{part}")
+                if given is not None and given.shape == own.shape:
+                    own.copy_(given)
+            weights[f"{name}.lora.m"] = lengths(layer.weight_before("lora"))
         return {**state, "model": weights}
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ class SSF(Technique):
         scope="targets",
         trains=("*.ssf_*",),
         phase={"model": "seams", "export": "scaled"},
+        refuses={"rule of matrices": "it trains vectors alone, and the other is a rule for matrices."},
         example={"targets": "attention.*|mlp.up|*norm"},
     )
     targets: str = "blocks.*|patches|norm|embed_norm|pre_norm"
