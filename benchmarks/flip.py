@@ -7,8 +7,8 @@ Of each seed there are rows of three kinds. `none` sees whole images. `same imag
 patches left out to its end, which tells the images a second. `same time` has the processor's seconds of `none`, hence
 more images, and trains on whole ones in its last tenth; each row has a schedule that decays at its own end.
 
-`reached` is after how many seconds a row was first as good as `none` at its end, by zero-shot accuracy, or null. Seconds
-are the processor's, of steps and not of validation, on one thread. Rows that are there are not measured again.
+`reached` is after how many seconds a row was first as good as `none` at its end, by zero-shot accuracy, or null.
+Seconds are the processor's, of steps and not of validation, on one thread. Rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -54,13 +54,28 @@ def recipe_of(source: Path, steps: int, seed: int, mask: float = 0.0, tune: floa
 
 def row(recipe: Recipe, none: dict[str, Any] | None = None) -> dict[str, Any]:
     """One run, beside the one that sees whole images."""
-    found = measured(recipe)
+    found = measured(recipe, "zero_shot")
     found["images"] = found["steps"] * BATCH
     found["images_per_second"] = round(found["images"] / found["seconds"], 1)
     if none is not None:
         found["times_as_fast"] = round(found["images_per_second"] / none["images_per_second"], 3)
-        found["reached"] = next((s for _, s, *scores in found["curve"] if scores[-1] >= none["zero_shot"]), None)
+        found["reached"] = next((s for _, s, score in found["curve"] if score >= none["zero_shot"]), None)
     return found
+
+
+def rows_of(source: Path, out: Path, steps: int, seed: int) -> None:
+    """The rows of a seed."""
+    place = f"{steps}/{seed}"
+    none = kept(out, f"none/{place}", lambda: row(recipe_of(source, steps, seed)))
+
+    def masked(count: int, mask: float, tune: float = 0.0) -> dict[str, Any]:
+        return row(recipe_of(source, count, seed, mask, tune), none)
+
+    for mask in (0.5, 0.75):
+        images = kept(out, f"{mask:.0%}, same images/{place}", lambda m=mask: masked(steps, m))
+        # The last tenth is as slow as a run on whole images.
+        longer = round(steps / ((1 - TUNE) / images["times_as_fast"] + TUNE))
+        kept(out, f"{mask:.0%}, same time/{place}", lambda m=mask, n=longer: masked(n, m, TUNE))
 
 
 def main() -> None:
@@ -74,16 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     measured(recipe_of(given.source, 3, 0))  # The first steps of a process are slow: they are not measured.
     for seed in range(given.seeds):
-        none = kept(
-            given.out, f"none/{given.steps}/{seed}", lambda s=seed: row(recipe_of(given.source, given.steps, s))
-        )
-        for mask in (0.5, 0.75):
-            images = kept(given.out, f"{mask:.0%}, same images/{given.steps}/{seed}",
-                          lambda s=seed, m=mask: row(recipe_of(given.source, given.steps, s, m), none))  # fmt: skip
-            # The last tenth is as slow as a run on whole images.
-            steps = round(given.steps / ((1 - TUNE) / images["times_as_fast"] + TUNE))
-            kept(given.out, f"{mask:.0%}, same time/{given.steps}/{seed}",
-                 lambda s=seed, m=mask, n=steps: row(recipe_of(given.source, n, s, m, TUNE), none))  # fmt: skip
+        rows_of(given.source, given.out, given.steps, seed)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ def recipe_of(suite: str, source: str, arm: dict[str, dict[str, Any]], steps: in
     return Recipe.read(raw)
 
 
-def measured(recipe: Recipe, **how: Any) -> dict[str, Any]:
-    """One run; `how` goes to `train`."""
+def measured(recipe: Recipe, metric: str = "loss", **how: Any) -> dict[str, Any]:
+    """One run, and a curve of a metric; `how` goes to `train`."""
     seconds, last, built = 0.0, time.process_time(), False
     curve: list[tuple[int, float, float]] = []
 
@@ -89,10 +89,12 @@ def measured(recipe: Recipe, **how: Any) -> dict[str, Any]:
             seconds += now - last
         built = built or event == "stage"
         if event == "validation":
-            curve.append((fields["step"], round(seconds, 3), fields["loss"]))
+            curve.append((fields["step"], round(seconds, 3), fields[metric]))
         last = time.process_time()
 
     result = train(recipe, **{"save": False, "force": True, **how}, observe=see)
+    if result.reason == "interrupted":
+        raise SystemExit("The run was interrupted: its row is not written.")
     steps = result.run.clock.step
     return {
         **result.validation,

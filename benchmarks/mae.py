@@ -102,7 +102,7 @@ def main() -> None:
     """Measure the rows that are not there yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", default=DEFAULT)
-    parser.add_argument("--steps", type=int, nargs=2, default=(250, 200), help="of pre-training, of fine-tuning")
+    parser.add_argument("--steps", type=int, nargs=2, default=(200, 150), help="of pre-training, of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=EVIDENCE)
     given = parser.parse_args()

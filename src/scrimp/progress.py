@@ -110,6 +110,8 @@ class Progress:
         loss = f": held-out loss {fields['loss']:.4f}" if fields.get("loss") is not None else ""
         place = f", in {self.folder}" if self.folder is not None else ""
         self.console.print(f"{self.label}{fields['reason']}{loss}{place}", soft_wrap=True, markup=False)
+        for finding in fields["run"].findings.values():
+            self.console.print(self.label + finding, soft_wrap=True, markup=False)
         if fields["text"]:
             self.console.print(fields["text"], markup=False)
 

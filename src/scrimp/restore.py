@@ -40,8 +40,10 @@ def starting_weights(recipe: Recipe, data: Any, start: str | None) -> State | No
     adapters = bool(start) and is_adapter(str(start))
     if start and not adapters:
         _, origin, state, meta = RunFolder.reopen(start)
-        given = whole(origin, data, state, meta)["model"]
-        return {"model": adopted(given, origin.model, configured(recipe, data))}
+        config = configured(recipe, data)
+        weights = adopted(whole(origin, data, state, meta)["model"], origin.model, config)
+        _same_architecture(weights, shapes(config), origin, recipe)
+        return {"model": weights}
     source = getattr(recipe.model, "source", "")
     if source:
         from scrimp.models.hub import own_config, read_type, read_weights
@@ -84,6 +86,33 @@ def adopted(weights: Mapping[str, Tensor], given: Any, config: Any) -> Mapping[s
         left += tuple(part for part in getattr(given, "outer", ()) if not any(name.startswith(part) for name in own))
     others = {name for name in weights if fresh and PLAIN.fullmatch(name) and name not in own}
     return {name: t for name, t in weights.items() if not name.startswith(left) and name not in others}
+
+
+def _same_architecture(
+    weights: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], origin: Recipe, recipe: Recipe
+) -> None:
+    """Check that no technique of the run to start from took away what the model needs, and say which one did.
+
+    Raises:
+        UserError: if its norms were taken out, or its layers made narrower.
+    """
+    normless, slimming, keeping = (
+        [t.name for t in techniques if kind in t.card.sets]
+        for techniques, kind in ((origin.techniques, "normalization"), (origin.techniques, "width schedule"),
+                                 (recipe.techniques, "normalization"))
+    )  # fmt: skip
+    lost = next((name for name in own if "norm" in name and name not in weights), None)
+    if normless and lost is not None and not keeping:
+        what = f"the run trained with `{normless[0]}`, which took out norms that this model has, such as `{lost}`."
+        fix = f"Give the new recipe `{normless[0]}` too, or train from scratch."
+        raise UserError(what, "--from", fix)
+    for name, shape in own.items() if slimming else ():
+        found = _shape(weights, name) or shape
+        if found != shape:
+            what = (f"`{slimming[0]}` has made the run's layers narrower than this model's: "
+                    f"`{name}` is {list(found)} instead of {list(shape)}.")  # fmt: skip
+            fix = "Start from what `scrimp export RUN` writes (model.from), which has zeros where it was cut."
+            raise UserError(what, "--from", fix)
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

@@ -69,6 +69,8 @@ class Run:
     """Numbers of techniques, such as a density, that each step's line in metrics.jsonl shows."""
     remarks: list[str] = field(default_factory=list[str])
     """What techniques say to the user when a stage begins; a sentence each."""
+    findings: dict[str, str] = field(default_factory=dict[str, str])
+    """What techniques have found out, by technique, a sentence each; the user reads it when the run ends."""
     signals: list[str] = field(default_factory=list[str])
     """Reasons of techniques to end the stage after this step; the cut is recorded like any other."""
     evaluate: Evaluate | None = None

@@ -254,3 +254,21 @@ def test_export_says_which_technique_took_the_norms(name: str, tmp_path: Path) -
     train(made(tmp_path, "run", example(name), duration="2 step"))
     with pytest.raises(UserError, match=f"`{name}` takes the norms out"):
         export(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("technique", "settings", "said"),
+    [
+        ("rezero", {}, r"`rezero`, which took out norms.*Give the new recipe `rezero` too"),
+        ("early_bird", {"heads": 0.5, "every": "1 step", "until": "2 step"}, r"made the run's layers narrower.*export"),
+    ],
+    ids=["rezero", "early_bird"],
+)
+def test_a_model_that_lost_parts_says_why_a_whole_one_cannot_start_from_it(
+    technique: str, settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    old = train(made(tmp_path, "old", example(technique, **settings), duration="4 step"))
+    with pytest.raises(UserError, match=rf"--from: .*{said}"):
+        train(made(tmp_path, "new", duration="1 step"), start=old.folder, save=False)
+    if technique == "rezero":
+        train(made(tmp_path, "new", example(technique), duration="1 step"), start=old.folder, save=False)

@@ -80,6 +80,7 @@ def test_averages_are_kept_apart_and_their_ratio_is_shown() -> None:
         assert averages(run) == pytest.approx((v / 8, m), rel=1e-9)
     assert run.gauges["noise_scale_b_simple"] == pytest.approx(v / m, rel=1e-9)
     assert run.gauges["noise_scale_recommended_batch"] == max(1, round(v / m))
+    assert f"a batch of about {max(1, round(v / m)):,};" in run.findings["noise_scale"]
 
 
 @pytest.mark.parametrize(("parts", "every"), [(2, 1), (4, 2)])

@@ -154,6 +154,12 @@ def test_weights_to_start_from_are_kept(name: str) -> None:
     assert all(torch.equal(p, again.get_parameter(n)) for n, p in first.named_parameters())
 
 
+def test_growth_says_that_nothing_scales_the_copies_anew() -> None:
+    run = run_of(recipe(example("t_fixup"), example("stack")))
+    assert any("which nothing scales anew" in remark for remark in run.remarks)
+    assert not run_of(recipe(example("t_fixup"))).remarks
+
+
 @pytest.mark.parametrize("name", ["fixup", "rezero"])
 def test_growth_copies_what_is_added(name: str) -> None:
     run = train(recipe(example(name), example("stack", at=(0.5,))), save=False).run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,3 +33,10 @@ def test_a_run_without_a_folder_ends_without_one() -> None:
     with Progress(shown) as view:
         train(recipe(duration="1 step", sample={"tokens": 0}), observe=view, save=False)
     assert ", in " not in shown.getvalue().splitlines()[-1]
+
+
+def test_what_techniques_found_out_is_said_at_the_end() -> None:
+    shown = io.StringIO()
+    run = SimpleNamespace(findings={"noise_scale": "noise_scale recommends a batch of about 50."})
+    Progress(shown)("end", {"reason": "finished", "text": "", "run": run})
+    assert shown.getvalue().splitlines() == ["finished", "noise_scale recommends a batch of about 50."]

@@ -267,7 +267,8 @@ class AutoProg(Technique):
         """Say how long a search is."""
         clock, points = run.clock, self.stages()
         steps = (clock.at(points[clock.passed(points)]) - clock.begun) / clock.per_step[clock.unit]
-        run.remarks.append(f"autoprog compares {count} candidates of depth and length in about {steps:.0f} steps.")
+        what = f"compares {count} candidates of" if count > 1 else "has one candidate only, hence no choice, of"
+        run.remarks.append(f"autoprog {what} depth and length in about {steps:.0f} steps.")
 
     def _last(self, run: Run) -> bool:
         """Whether the model has its whole depth for good."""

@@ -67,6 +67,11 @@ class TFixup(Technique):
 
     def init(self, model: nn.Module, run: Run) -> nn.Module:
         """Draw every matrix anew, each from a generator of its own."""
+        if any(t.card.phase.get("carry") == "grow" for t in run.order.techniques):
+            run.remarks.append(
+                "t_fixup scales the first weights for the first stage's depth: blocks that are added later are copies, "
+                "which nothing scales anew."
+            )
         found = stacks(model)
         branch = {f"{b.path}.{b.kind}.": self._branch(stack) for stack in found for b in stack.branches}
 

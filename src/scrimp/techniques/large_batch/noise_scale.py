@@ -65,7 +65,6 @@ class NoiseScale(Technique):
         memory, weights = run.memory(self), list(trainable(run.model).values())
         for name in ("variance", "square"):
             memory[name] = torch.zeros((), dtype=torch.float64, device=run.device)
-        run.remarks.append("noise_scale shows the batch that it recommends in metrics.jsonl.")
         last, size = [-1], run.recipe.batch / self.parts
 
         def measured(batch: Batch, count: Tensor) -> Tensor:
@@ -79,7 +78,11 @@ class NoiseScale(Technique):
             memory["square"] = smooth(memory["square"], true, self.decay)
             scale = run.read(size * memory["variance"] / memory["square"], worst=1.0)
             if 0 < scale < 1e18:
-                run.log(self, b_simple=scale, recommended_batch=max(1, round(scale)))
+                best = max(1, round(scale))
+                run.log(self, b_simple=scale, recommended_batch=best)
+                run.findings[self.name] = (
+                    f"noise_scale recommends a batch of about {best:,}; this run's is {run.recipe.batch:,}."
+                )
             return loss
 
         return measured
