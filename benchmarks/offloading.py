@@ -120,7 +120,7 @@ def row(arm: str, args: argparse.Namespace) -> dict[str, Any]:
         run.step()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = built(arm, args)
-        given = {k: mode.from_tensor(v) for k, v in batches[-1].items()}
+        given: dict[str, torch.Tensor] = {k: mode.from_tensor(v) for k, v in batches[-1].items()}
         step(fake, given)
         with LiveBytes() as dry:
             dry.register(fake.state())
