@@ -178,7 +178,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     rate = sum(s["read"] + s["written"] for s in later) / sum(s["seconds"] for s in later)
     return {
         "size": args.size, "model": SIZES[args.size], "vocab": VOCAB, "context": CONTEXT, "batch": args.batch,
-        "parameters": planned["parameters"], "state_bytes": 16 * planned["parameters"], "limit": args.limit,
+        "lr": 3e-5, "parameters": planned["parameters"], "state_bytes": 16 * planned["parameters"], "limit": args.limit,
         "group_peak": peak, "resident_peak": lines[-1]["resident_peak"], "planned": planned["planned"],
         "disk": {k: round(v) for k, v in speed.items()}, "traffic_rate": round(rate), "build_seconds": lines[0]["time"],
         "steps": steps, "environment": environment(),
