@@ -126,7 +126,7 @@ def checked(entry: Entry) -> str:
     card, test = entry.card, f"tests/maths/test_{entry.name}.py"
     lines = [
         f"With `{mapping(card.neutral)}` a run equals one without it, bit for bit." if card.neutral is not None else "",
-        f"On {listed(card.emulated)} it is emulated: the numbers are right, and no time is saved." if card.emulated else "",
+        f"On {listed(card.emulated)} it is emulated: right numbers, no time saved." if card.emulated else "",
         "`scrimp plan --fit` proposes it when memory does not suffice"
         + (f", with {' or '.join(f'`{mapping(r)}`' for r in card.remedies)}." if any(card.remedies) else ".")
         if card.remedies else "",

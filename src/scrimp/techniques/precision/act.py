@@ -52,7 +52,7 @@ class Act(Technique):
     card = Card(
         paper="arXiv:2104.14129",
         section="Quantized training",
-        claim="12 times less memory for activations at 2 bits a number (arXiv 2104.14129, abstract)",
+        claim="12 times less memory for activations at 2 bits a number (README of the paper's code)",
         saves="activations of blocks: 7.5 times fewer bytes at 4 bits",
         costs="passes over every kept tensor, and noise in gradients",
         sets=("activation compression",),
