@@ -3,10 +3,10 @@
     python benchmarks/recompute.py                 # about six minutes on one thread
     python benchmarks/recompute.py --rounds 1 --evidence /tmp/try.json
 
-A decoder of 12 blocks, width 256, context 256, batch 4. `kept` is what waits for the backward pass, `peak` the most live
-bytes of forward and backward, both without weights and as shares of plain training. `time` is the processor's seconds
-of a step over plain ones: medians of rounds in which every mode takes a step in turn. `predicted` is the extra cost that
-the schedule promises, over a forward and a backward pass of twice its cost.
+A decoder of 12 blocks, width 256, context 256, batch 4. `kept` is what waits for the backward pass, `peak` the most
+live bytes of forward and backward, both without weights and as shares of plain training. `time` is the processor's
+seconds of a step over plain ones: medians of rounds in which every mode takes a step in turn. `predicted` is the time
+that the schedule promises, a backward pass being twice a forward pass.
 
 `sqrt` is what segments hold on chains of 4 to 48 blocks like these, as measured on tensors without values.
 """
@@ -172,17 +172,20 @@ def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each mode")
+    parser.add_argument("--only", default="", help="words that names of modes begin with, beside plain")
     parser.add_argument("--evidence", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    runs = {name: made(settings) for name, settings in MODES.items()}
-    for run in runs.values():
-        one(run)
-    bytes_ = {name: (waiting(run), highest(run)) for name, run in runs.items()}
+    chosen = {n: s for n, s in MODES.items() if n == "plain" or n.startswith(tuple(args.only.split(",")))}
+    runs = {name: made(settings) for name, settings in chosen.items()}
+    bytes_: dict[str, tuple[int, int]] = {}
+    for name, run in runs.items():
+        bytes_[name] = waiting(run), highest(run)
+        print(f"{name:22s} {bytes_[name]}", flush=True)
     times = seconds(runs, args.rounds)
     pieces = pieces_of(runs["plain"])
     rows: dict[str, Any] = {}
-    for name, settings in MODES.items():
+    for name, settings in chosen.items():
         held, peak = bytes_[name]
         ratios = {"kept": held / bytes_["plain"][0], "peak": peak / bytes_["plain"][1]}
         rows[name] = {key: round(value, 4) for key, value in ratios.items()}
