@@ -97,6 +97,7 @@ def blocks_peak(run: Run) -> int:
     assert run.loss
     trace = Trace()
     trace.part = "step"
+    trace.mark([*run.model.parameters(), *batch.values()], "weights")
     with trace.watching(run.model), trace:
         run.loss(run.model, batch).backward()
     inside = [b for b in trace.blocks if b.op >= 0 and trace.ops[b.op].module.startswith("blocks.")]
@@ -117,7 +118,8 @@ def test_blocks_stay_within_the_budget(settings: dict[str, Any]) -> None:
         held = blocks_peak(run)
     (pieces,) = found
     assert held <= settings["budget"] * everything(pieces)
-    assert 0.8 * everything(pieces) < blocks_peak(run_of(recipe(**LONG))) <= 1.02 * everything(pieces)
+    between = pieces[-1].full - pieces[-1].pack
+    assert 0.9 * everything(pieces) < blocks_peak(run_of(recipe(**LONG))) <= everything(pieces) + between
 
 
 def test_the_simulated_schedule_is_what_is_held() -> None:

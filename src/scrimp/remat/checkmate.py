@@ -98,7 +98,7 @@ def solve(
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix
     except ImportError:
-        fix = "pip install scipy, or set mode to optimal."
+        fix = "pip install 'scrimp[milp]', or set mode to optimal."
         raise UserError("an integer program needs scipy.", "mode", fix) from None
     count = len(operators)
     costs = np.tile([op.cost for op in operators], (count, 1)) if costs is None else costs

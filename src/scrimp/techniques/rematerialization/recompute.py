@@ -2,19 +2,25 @@
 
     kept of a block of B x T tokens and width C, in units of B T C numbers:  16 without,  1 with mode block
 
+    block         keep the inputs of blocks, run each again
+    selective     keep outputs of expensive operators (`save`), run cheap ones again: norms, activations, residuals
+    sqrt          keep the inputs of segments of g blocks, g about sqrt(L / 16): of single blocks, up to 16 of them
+    optimal       the cheapest schedule within `budget`, by dynamic programming over the chain of blocks
+    milp          the cheapest of all schedules, by an integer program; seconds to minutes, and scipy
+    dynamic       keep all, and evict what is cheap, large and long unused when the budget is full
+    auto          with a budget, the cheapest of none, selective, every so-many-th block, block and optimal that fits
+
 Papers: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174; selective: Korthikanti et al.,
-"Reducing Activation Recomputation in Large Transformer Models", MLSys 2023, arXiv 2205.05198.
+"Reducing Activation Recomputation in Large Transformer Models", MLSys 2023, arXiv 2205.05198. The others are told where
+they are solved: `scrimp.remat.rotor`, `.checkmate` and `.eviction`.
 
-`block` keeps the input of a block and runs its forward pass again: a third more computation. `selective` keeps the
-outputs of expensive operators and runs only cheap ones again (norms, activations, residuals):
+A budget counts the bytes that blocks make in forward passes, first or again, and hold; gradients, weights and the head
+are beside it. What blocks cost is measured when the first batch comes, on tensors without values.
 
-    save: products     outputs of matrix products and of attention
-    save: half         outputs of every second product, and of attention
-    save: attention    outputs of attention only
-
-Saves: activations. Costs: the second forward pass. Not for: runs that fit, or small batches, whose peak is the update.
-Selective keeps outputs even where the backward pass would not have needed them, so with small savings in sight `block`
-on every second block may be the better half-way house. Gradients are bitwise those of a run without.
+Saves: activations. Costs: the second forward pass, a third more computation with mode block. Not for: runs that fit, or
+small batches, whose peak is the update. Selective keeps outputs even where the backward pass would not have needed
+them, so with small savings in sight a budget may be the better half-way house. Gradients are bitwise those of a run
+without.
 """
 
 from __future__ import annotations
