@@ -105,12 +105,8 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
     named = {n: p.detach() for n, p in model.named_parameters()}
     module = importlib.import_module(f"scrimp.models.{file}")
     raw, tensors = module.write([t for t in techniques if t.name == name], named, names)
-    trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and f".{name}." not in n}
-    heads = names.form.write({n: t for n, t in named.items() if n.rpartition(".")[0] in trained}, config)
-    modules = {n.rpartition(".")[0] for n in heads}
-    saved = sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules))
-    inside = tuple(f"{module}." for module in saved)
-    heads |= {theirs: named[ours] for theirs, ours in _copies(names).items() if theirs.startswith(inside)}
+    own = [n for n, p in model.named_parameters() if p.requires_grad and f".{name}." not in n]
+    heads, saved = _heads(own, named, names)
     raw = {
         "peft_type": kind, "base_model_name_or_path": base, "task_type": TASKS.get(getattr(config, "head", "-")),
         "inference_mode": True, "modules_to_save": saved or None, "fan_in_fan_out": model_type == "gpt2", **raw,
@@ -129,6 +125,17 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
         raise UserError(f"cannot be written: {error}.", str(folder), fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _heads(trained: Sequence[str], named: Mapping[str, Tensor], names: Names) -> tuple[dict[str, Tensor], list[str]]:
+    """What a task trained beside the adapters: their tensors, and the modules to save, each of them whole."""
+    own = {name.rpartition(".")[0] for name in trained}
+    heads = names.form.write({n: t for n, t in named.items() if n.rpartition(".")[0] in own}, names.config)
+    modules = {n.rpartition(".")[0] for n in heads}
+    saved = sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules))
+    inside = tuple(f"{module}." for module in saved)
+    copies = {theirs: named[ours] for theirs, ours in _copies(names).items() if theirs.startswith(inside)}
+    return heads | copies, saved
 
 
 def _copies(names: Names) -> dict[str, str]:
