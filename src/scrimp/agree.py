@@ -74,7 +74,10 @@ def _check_needs(recipe: Recipe, data: Any) -> None:
     if lacking:
         name, source = component_name("tasks", recipe.task), component_name("datasets", recipe.data)
         what = f"the task `{name}` needs {' and '.join(lacking)}, and the data `{source}` has {', '.join(gives)}."
-        raise UserError(what, "task", "Choose the task or the data set that belongs to the other.")
+        # Columns are named for one of what they hold: `label` for labels.
+        unset = [f"data.{column}" for n in lacking if getattr(recipe.data, column := n.removesuffix("s"), None) == ""]
+        fix = f"Set {' and '.join(unset)} to the column that has them, or choose" if unset else "Choose"
+        raise UserError(what, "task", f"{fix} the task or the data set that belongs to the other.")
 
 
 def _check_kind(task: Any, config: Any) -> None:

@@ -223,7 +223,7 @@ def test_runs_are_planned(task: str, place: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "data", "words"),
     [
-        ("classify", {"label": ""}, "needs labels"),
+        ("classify", {"label": ""}, r"needs labels.*Set data\.label to the column"),
         ("regress", {"score": "", "label": "label"}, "needs scores"),
         ("embed", {}, "needs pair_tokens"),
         ("causal-lm", {}, "needs tokens"),

@@ -102,7 +102,9 @@ class Tokenizer:
 
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise UserError("there is no such tokenizer.", str(path), "Use bytes, bpe, or a tokenizer.json.")
+            fix = "Set bpe, which trains one, or the path of a tokenizer.json or of a folder that has one."
+            fix = f"This data set has no tokenizer of bytes. {fix}" if str(path) == "bytes" else fix
+            raise UserError("there is no such tokenizer.", str(path), fix)
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises plain Exception
