@@ -59,7 +59,7 @@ SLOTS: Final[dict[str, str]] = {
 """Every slot and when it is called."""
 
 PHASES: Final[dict[str, tuple[str, ...]]] = {
-    "model": ("sizes", "architecture", "seams", "frozen"),
+    "model": ("sizes", "architecture", "beside", "seams", "frozen"),
     "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
     "init": ("fill", "scale", "packed"),
     "carry": ("decoded", "rewind", "grow", "widen", "masked", "packed"),

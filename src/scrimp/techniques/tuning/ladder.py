@@ -49,7 +49,7 @@ class Ladder(Technique):
             "depth schedule": "The side has a rung for every block.",
             "width schedule": "The side's rungs are as wide as the blocks they stand on.",
         },
-        phase={"model": "seams"},
+        phase={"model": "beside"},
         example={"reduction": 4},
         remedies=({},),
     )
