@@ -48,9 +48,7 @@ def computation() -> str:
         for arm in found.get("arms", ()):
             if arm["kind"] == "alone":
                 steps = f"{found['recipe']['duration']}s, {len(found['seeds'])} seeds"
-                # Seconds of the second file are of a machine that others used, more for some arms than for others.
-                timed = {"timed": file == "catalogue", "steps": steps}
-                measured[arm["techniques"][-1]] = arm["summary"] | timed
+                measured[arm["techniques"][-1]] = arm["summary"] | {"steps": steps}
     parity = evidence("parity").get("techniques", {})
     lines: list[list[str]] = []
     for entry in sorted(catalogue().values(), key=lambda e: (e.card.section, e.name)):
@@ -76,8 +74,7 @@ def _effect(name: str, seen: dict[str, Any] | None) -> str:
     low, high = seen["interval"]
     p = f", p {seen['p']:.3f}" if seen.get("p") is not None else ""
     loss = f"loss {seen['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{p}"
-    time = f"; time {seen['time']:.2f}" if seen["timed"] else ""
-    return f"{loss}{time}: {seen['verdict']} ({seen['steps']})"
+    return f"{loss}; time {seen['time']:.2f}: {seen['verdict']} ({seen['steps']})"
 
 
 def deep() -> str:
