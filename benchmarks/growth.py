@@ -138,7 +138,7 @@ def kept(out: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, A
     return found["rows"][key]
 
 
-def run(suite: str, source: str, steps: int, seed: int, out: Path) -> None:
+def run(suite: str, source: str, steps: int, seed: int, arms: list[str], out: Path) -> None:
     """The rows of a suite and a seed that are not there yet."""
 
     def plain(count: int) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def run(suite: str, source: str, steps: int, seed: int, out: Path) -> None:
     plain(3)  # The first steps of a process are slow: they are not measured.
     baseline = kept(out, f"{suite}/baseline/{steps}/{seed}", lambda: plain(steps))
     for name, arm in ARMS[suite].items():
-        if set(arm) <= set(modules()):
+        if name in (arms or ARMS[suite]) and set(arm) <= set(modules()):
             recipe = recipe_of(suite, source, arm, steps, seed)
             kept(out, f"{suite}/{name}/{steps}/{seed}", lambda r=recipe: compared(measured(r), baseline, plain))
 
@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--suite", choices=["text", "images"], action="append", help="default both")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arm", action="append", default=[], help="one arm; default all")
     parser.add_argument("--images", default="", help="source of other images, such as Fashion-MNIST's folder")
     parser.add_argument("--out", type=Path, default=EVIDENCE)
     given = parser.parse_args()
@@ -166,7 +167,7 @@ def main() -> None:
         for suite in given.suite or ["text", "images"]:
             source = given.images or digits(Path(place)) if suite == "images" else ""
             for seed in range(given.seeds):
-                run(suite, source, given.steps, seed, given.out)
+                run(suite, source, given.steps, seed, given.arm, given.out)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,13 @@ def computation() -> str:
     from scrimp.registry import catalogue
 
     measured: dict[str, dict[str, Any]] = {}
-    for file in ("catalogue", "computation"):
+    for file in ("catalogue", "computation", "effects"):
         found = evidence(file)
         for arm in found.get("arms", ()):
             if arm["kind"] == "alone":
                 steps = f"{found['recipe']['duration']}s, {len(found['seeds'])} seeds"
                 # Seconds of the second file are of a machine that others used, more for some arms than for others.
-                timed = {"timed": file == "catalogue", "steps": steps}
+                timed = {"timed": file != "computation", "steps": steps}
                 measured[arm["techniques"][-1]] = arm["summary"] | timed
     parity = evidence("parity").get("techniques", {})
     lines: list[list[str]] = []
@@ -217,5 +217,8 @@ def token_masking() -> str:
     for name, arms in evidence("token_masking")["rows"].items():
         for arm, row in arms.items():
             lines.append([name, arm, f"{row['seconds']:.2f}", f"{row['times_as_fast']:.2f}",
-                          f"{1 / row['flops_ratio']:.2f}", f"{1 / row['bytes_ratio']:.2f}"])  # fmt: skip
-    return table(["", "arm", "seconds a step", "times as fast", "times fewer FLOPs", "times fewer bytes"], lines)
+                          f"{1 / row['flops_ratio']:.2f}", f"{1 / row['activations_ratio']:.2f}",
+                          f"{1 / row['bytes_ratio']:.2f}"])  # fmt: skip
+    head = ["", "arm", "seconds a step", "times as fast", "times fewer FLOPs", "times fewer activation bytes",
+            "of a step's bytes"]  # fmt: skip
+    return table(head, lines)

@@ -12,7 +12,8 @@
 
 Arms take turns, so that another load on the machine hits both alike; numbers are medians over rounds, ratios medians of
 the rounds' ratios. Data are random: what is measured does not depend on them. FLOPs are those of the operators that ran
-(torch.utils.flop_counter, attention with its square part), bytes the peak of live storages in a step on top of weights.
+(torch.utils.flop_counter, attention with its square part). Bytes are those on top of weights: of a step the peak of live
+storages, gradients included; of activations what lives when the forward pass is done.
 """
 
 from __future__ import annotations
@@ -107,13 +108,15 @@ class Arm:
     """Something that is timed."""
 
     step: Callable[[], None]
+    forward: Callable[[], torch.Tensor]
+    """Its forward pass, whose result holds the activations."""
     weights: int
     """Bytes of the weights, which the meter counts as soon as they are read."""
 
 
-def weighed(run: Run, step: Callable[[], None]) -> Arm:
+def weighed(run: Run, step: Callable[[], None], forward: Callable[[], torch.Tensor]) -> Arm:
     """A step and the weights that it reads."""
-    return Arm(step, sum(p.nbytes for p in run.model.parameters()))
+    return Arm(step, forward, sum(p.nbytes for p in run.model.parameters()))
 
 
 def stepped(run: Run) -> Arm:
@@ -128,7 +131,11 @@ def stepped(run: Run) -> Arm:
         run.step()
         run.optimizer.zero_grad(set_to_none=True)
 
-    return weighed(run, step)
+    def forward() -> torch.Tensor:
+        assert run.loss
+        return run.loss(run.model, batch)
+
+    return weighed(run, step, forward)
 
 
 def decoded(run: Run) -> Arm:
@@ -137,14 +144,16 @@ def decoded(run: Run) -> Arm:
     states = model.encode(batch["tokens"]).detach().requires_grad_()
     names = ("read", "places", "written")
 
-    def step() -> None:
+    def forward() -> torch.Tensor:
         given = {name: batch[name] for name in names if name in batch}
-        loss = model(None, batch["decoder_tokens"], batch["targets"], sample=batch["sample"], states=states, **given)
-        loss.backward()
+        return model(None, batch["decoder_tokens"], batch["targets"], sample=batch["sample"], states=states, **given)
+
+    def step() -> None:
+        forward().backward()
         model.zero_grad(set_to_none=True)
         states.grad = None
 
-    return weighed(run, step)
+    return weighed(run, step, forward)
 
 
 def compared(arms: dict[str, Arm], items: int, rounds: int) -> dict[str, Any]:
@@ -157,7 +166,11 @@ def compared(arms: dict[str, Arm], items: int, rounds: int) -> dict[str, Any]:
             arm.step()
         with LiveBytes() as meter:
             arm.step()
-        rows[name] = {"flops": counter.get_total_flops(), "peak_bytes": meter.peak - arm.weights}
+        with LiveBytes() as held:
+            loss = arm.forward()
+        rows[name] = {"flops": counter.get_total_flops(), "peak_bytes": meter.peak - arm.weights,
+                      "activation_bytes": held.live - arm.weights}  # fmt: skip
+        del loss
     for turn in range(rounds):
         for name in list(arms)[:: 1 if turn % 2 == 0 else -1]:
             begin = time.perf_counter()
@@ -170,6 +183,7 @@ def compared(arms: dict[str, Arm], items: int, rounds: int) -> dict[str, Any]:
         row["times_as_fast"] = statistics.median(a / b for a, b in zip(seconds[first], seconds[name], strict=True))
         row["flops_ratio"] = row["flops"] / rows[first]["flops"]
         row["bytes_ratio"] = row["peak_bytes"] / rows[first]["peak_bytes"]
+        row["activations_ratio"] = row["activation_bytes"] / rows[first]["activation_bytes"]
     return rows
 
 
@@ -216,8 +230,8 @@ def main() -> None:
             continue
         rows[name] = compared(*make(), args.rounds)
         for arm, row in rows[name].items():
-            print(f"{name:32} {arm:14} {row['seconds']:8.3f} s  {row['times_as_fast']:5.2f} x  "
-                  f"FLOPs {row['flops_ratio']:5.3f}  bytes {row['bytes_ratio']:5.3f}", flush=True)  # fmt: skip
+            ratios = ", ".join(f"{key} {row[f'{key}_ratio']:5.3f}" for key in ("flops", "bytes", "activations"))
+            print(f"{name:32} {arm:14} {row['seconds']:8.3f} s  {row['times_as_fast']:5.2f} x  {ratios}", flush=True)
         OUT.write_text(json.dumps({"environment": environment(), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
 
 
