@@ -33,7 +33,7 @@ PAGE: Final = 4096
 """Bytes to which addresses, offsets and lengths are aligned."""
 SMALL: Final = 1 << 16
 """Bytes below which a tensor's pages are left to the system: waiting for a disk costs more than they do."""
-LIBC: Final = ctypes.CDLL(None)
+LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Scratch:
@@ -100,7 +100,7 @@ class Extent:
         self.room = max(-(-self.bytes // PAGE), 1) * PAGE
         self.sums: dict[int, tuple[int, int]] = {}
         """Start of each piece that was written -> (its length, its checksum)."""
-        self._map: mmap.mmap | None = None
+        self._map: Pages | None = None
 
     def read(self, buffer: Tensor, start: int) -> None:
         """Fill a buffer of bytes, aligned as `aligned` makes it, from byte `start` on.
@@ -159,14 +159,17 @@ class Extent:
         # Whoever gets it may write, so that no checksum holds any more.
         self.sums.clear()
         if self._map is None:
-            self._map = mmap.mmap(self.file.fd, self.room, offset=self.offset)
-        flat = marked(torch.frombuffer(self._map, dtype=self.dtype, count=max(prod(self.shape), 1)), self)
+            try:
+                self._map = Pages(self.file.fd, self.offset, self.room)
+            except OSError as error:
+                raise self.file.error(f"cannot map: {error.strerror}") from None
+        flat = marked(torch.frombuffer(self._map.memory, dtype=self.dtype, count=max(prod(self.shape), 1)), self)
         return flat[: prod(self.shape)].view(self.shape)
 
     def fetch(self) -> None:
         """Begin to read its pages, without waiting."""
         if self._map is not None and hasattr(mmap, "MADV_WILLNEED"):
-            self._map.madvise(mmap.MADV_WILLNEED)
+            self._map.advise(mmap.MADV_WILLNEED)
 
     def settle(self) -> None:
         """Write its changed pages and take none of the memory any more; the next use reads them again."""
@@ -175,8 +178,32 @@ class Extent:
         if written(self.file.fd, self.offset, self.room) != 0:
             raise self.file.error("cannot write")
         if hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+            self._map.advise(mmap.MADV_DONTNEED)
             os.posix_fadvise(self.file.fd, self.offset, self.room, os.POSIX_FADV_DONTNEED)
+
+
+class Pages:
+    """Pages of a file as memory, until nobody holds `memory`.
+
+    Python's own mapping holds a descriptor each, and a large model has more tensors than a process may have those.
+
+    Raises:
+        OSError: if the system refuses.
+    """
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        access, place = mmap.PROT_READ | mmap.PROT_WRITE, ctypes.c_int64(offset)
+        LIBC.mmap.restype = ctypes.c_void_p
+        found: int = LIBC.mmap(None, ctypes.c_size_t(length), access, mmap.MAP_SHARED, fd, place)
+        if found == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.memory = (ctypes.c_char * length).from_address(found)
+        self.span = ctypes.c_void_p(found), ctypes.c_size_t(length)
+        weakref.finalize(self.memory, LIBC.munmap, *self.span).atexit = False
+
+    def advise(self, what: int) -> None:
+        """Tell the system what comes next."""
+        LIBC.madvise(*self.span, what)
 
 
 class Imagined:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,21 @@ def test_mapped_and_direct_access_see_the_same(tmp_path: Path, direct: bool) -> 
     buffer[:12000].view(torch.float32).mul_(2)
     extent.write(buffer, 0)
     assert torch.equal(tensor, 2.0 * torch.arange(3000))
+
+
+def test_tensors_hold_no_descriptors_and_their_pages_go_with_them(tmp_path: Path) -> None:
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    file = Scratch(tmp_path, "test")
+    before = held()
+    mapped = [file.extent(torch.Size([4]), torch.float32).mapped() for _ in range(5)]
+    # Neighbors are one line of the table.
+    assert held()[0] == before[0]
+    assert held()[1] > before[1]
+    mapped.clear()
+    assert held() == before
 
 
 def test_a_rule_that_clips_all_gradients_together_is_refused() -> None:
