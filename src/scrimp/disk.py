@@ -19,6 +19,7 @@ import os
 import tempfile
 import weakref
 import zlib
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any, Final, cast
@@ -40,18 +41,16 @@ class Scratch:
     """An unnamed file of this process.
 
     Args:
-        folder: where it shall be; the nearest folder above it that exists.
+        folder: where it shall be.
         where: path in the recipe of the technique that wants it, for errors.
     Raises:
         UserError: if no file can be made there.
     """
 
-    def __init__(self, folder: str | Path, where: str) -> None:
-        place = Path(folder).absolute()
-        self.folder = next(p for p in (place, *place.parents) if p.is_dir())
-        self.where, self.size = where, 0
+    def __init__(self, folder: Path, where: str) -> None:
+        self.folder, self.where, self.size = folder, where, 0
         try:
-            with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 self.fd = os.dup(file.fileno())
         except OSError as error:
             raise self.error(f"no file can be made: {error.strerror}") from None
@@ -70,6 +69,51 @@ class Scratch:
         """A fault of the disk as a user's error."""
         fix = "Set `folder` to a folder on a disk with room; the last checkpoint is intact."
         return UserError(f"{what} ({self.folder}).", self.where, fix)
+
+    def read(self, view: memoryview, place: int) -> None:
+        """Fill memory from a byte of the file on; it begins on a page and is of whole pages.
+
+        Raises:
+            UserError: if the file is shorter than it must be, or the disk fails.
+        """
+        self._move(os.preadv, "read", view, place)
+        self._drop(place, len(view))
+
+    def write(self, view: memoryview, place: int) -> None:
+        """Write memory to a byte of the file on; it begins on a page and is of whole pages.
+
+        Raises:
+            UserError: if the disk is full or fails.
+        """
+        self._move(os.pwritev, "write", view, place)
+        if self.direct == self.fd:
+            # What is not on disk yet cannot be taken out of the page cache.
+            written(self.fd, place, len(view))
+        self._drop(place, len(view))
+
+    def _move(self, move: Callable[[int, list[memoryview], int], int], verb: str, view: memoryview, place: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = move(self.direct, [view[done:]], place + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._leave_direct():
+                    continue
+                raise self.error(f"cannot {verb}: {error.strerror}") from None
+            if count == 0:
+                raise self.error("the file is truncated")
+            done += count
+
+    def _leave_direct(self) -> bool:
+        """A file system may open a file for direct access and then refuse it."""
+        if self.direct == self.fd:
+            return False
+        self.direct = self.fd
+        return True
+
+    def _drop(self, place: int, length: int) -> None:
+        if self.direct == self.fd and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, place, length, os.POSIX_FADV_DONTNEED)
 
     def extent(self, shape: torch.Size, dtype: torch.dtype) -> Extent:
         """Room for a tensor, all zeros.
@@ -109,18 +153,7 @@ class Extent:
             UserError: if the file is shorter than it must be, or not what was written.
         """
         view = memoryview(cast(Any, buffer.numpy()))
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self.file.direct, [view[done:]], self.offset + start + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self._leave_direct():
-                    continue
-                raise self.file.error(f"cannot read: {error.strerror}") from None
-            if count == 0:
-                raise self.file.error("the file is truncated")
-            done += count
-        self._drop(start, len(view))
+        self.file.read(view, self.offset + start)
         length, sum_ = self.sums.get(start, (0, 0))
         if length == len(view) and zlib.crc32(view) != sum_:
             raise self.file.error("the file is not what was written (a checksum differs)")
@@ -133,26 +166,7 @@ class Extent:
         """
         view = memoryview(cast(Any, buffer.numpy()))
         self.sums[start] = len(view), zlib.crc32(view)
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwritev(self.file.direct, [view[done:]], self.offset + start + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self._leave_direct():
-                    continue
-                raise self.file.error(f"cannot write: {error.strerror}") from None
-        self._drop(start, len(view))
-
-    def _leave_direct(self) -> bool:
-        """A file system may open a file for direct access and then refuse it."""
-        if self.file.direct == self.file.fd:
-            return False
-        self.file.direct = self.file.fd
-        return True
-
-    def _drop(self, start: int, length: int) -> None:
-        if self.file.direct == self.file.fd and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.file.fd, self.offset + start, length, os.POSIX_FADV_DONTNEED)
+        self.file.write(view, self.offset + start)
 
     def mapped(self) -> Tensor:
         """The tensor itself, whose memory is the file. What is written to it is in the file."""
@@ -226,6 +240,28 @@ class Imagined:
 
     def settle(self) -> None:
         """Nothing."""
+
+
+def home(folder: str, out: str | Path) -> Path:
+    """Where a file shall be: in the folder of the settings, else in the nearest to the run's that exists."""
+    if folder:
+        return Path(folder).absolute()
+    place = Path(out).absolute()
+    return next(p for p in (place, *place.parents) if p.is_dir())
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether a folder's disk is memory itself, as a tmpfs is."""
+    try:
+        wanted, mounts = os.stat(folder).st_dev, Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        major, minor = before.split()[2].split(":")
+        if os.makedev(int(major), int(minor)) == wanted:
+            return after.split()[0] in ("tmpfs", "ramfs")
+    return False
 
 
 def aligned(size: int) -> Tensor:
