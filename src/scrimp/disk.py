@@ -19,6 +19,7 @@ import os
 import tempfile
 import weakref
 import zlib
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any, Final, cast
@@ -33,25 +34,23 @@ PAGE: Final = 4096
 """Bytes to which addresses, offsets and lengths are aligned."""
 SMALL: Final = 1 << 16
 """Bytes below which a tensor's pages are left to the system: waiting for a disk costs more than they do."""
-LIBC: Final = ctypes.CDLL(None)
+LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Scratch:
     """An unnamed file of this process.
 
     Args:
-        folder: where it shall be; the nearest folder above it that exists.
+        folder: where it shall be.
         where: path in the recipe of the technique that wants it, for errors.
     Raises:
         UserError: if no file can be made there.
     """
 
-    def __init__(self, folder: str | Path, where: str) -> None:
-        place = Path(folder).absolute()
-        self.folder = next(p for p in (place, *place.parents) if p.is_dir())
-        self.where, self.size = where, 0
+    def __init__(self, folder: Path, where: str) -> None:
+        self.folder, self.where, self.size = folder, where, 0
         try:
-            with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
+            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 self.fd = os.dup(file.fileno())
         except OSError as error:
             raise self.error(f"no file can be made: {error.strerror}") from None
@@ -70,6 +69,51 @@ class Scratch:
         """A fault of the disk as a user's error."""
         fix = "Set `folder` to a folder on a disk with room; the last checkpoint is intact."
         return UserError(f"{what} ({self.folder}).", self.where, fix)
+
+    def read(self, view: memoryview, place: int) -> None:
+        """Fill memory from a byte of the file on; it begins on a page and is of whole pages.
+
+        Raises:
+            UserError: if the file is shorter than it must be, or the disk fails.
+        """
+        self._move(os.preadv, "read", view, place)
+        self._drop(place, len(view))
+
+    def write(self, view: memoryview, place: int) -> None:
+        """Write memory to a byte of the file on; it begins on a page and is of whole pages.
+
+        Raises:
+            UserError: if the disk is full or fails.
+        """
+        self._move(os.pwritev, "write", view, place)
+        if self.direct == self.fd:
+            # What is not on disk yet cannot be taken out of the page cache.
+            written(self.fd, place, len(view))
+        self._drop(place, len(view))
+
+    def _move(self, move: Callable[[int, list[memoryview], int], int], verb: str, view: memoryview, place: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = move(self.direct, [view[done:]], place + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._leave_direct():
+                    continue
+                raise self.error(f"cannot {verb}: {error.strerror}") from None
+            if count == 0:
+                raise self.error("the file is truncated")
+            done += count
+
+    def _leave_direct(self) -> bool:
+        """A file system may open a file for direct access and then refuse it."""
+        if self.direct == self.fd:
+            return False
+        self.direct = self.fd
+        return True
+
+    def _drop(self, place: int, length: int) -> None:
+        if self.direct == self.fd and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, place, length, os.POSIX_FADV_DONTNEED)
 
     def extent(self, shape: torch.Size, dtype: torch.dtype) -> Extent:
         """Room for a tensor, all zeros.
@@ -100,7 +144,7 @@ class Extent:
         self.room = max(-(-self.bytes // PAGE), 1) * PAGE
         self.sums: dict[int, tuple[int, int]] = {}
         """Start of each piece that was written -> (its length, its checksum)."""
-        self._map: mmap.mmap | None = None
+        self._map: Pages | None = None
 
     def read(self, buffer: Tensor, start: int) -> None:
         """Fill a buffer of bytes, aligned as `aligned` makes it, from byte `start` on.
@@ -109,18 +153,7 @@ class Extent:
             UserError: if the file is shorter than it must be, or not what was written.
         """
         view = memoryview(cast(Any, buffer.numpy()))
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self.file.direct, [view[done:]], self.offset + start + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self._leave_direct():
-                    continue
-                raise self.file.error(f"cannot read: {error.strerror}") from None
-            if count == 0:
-                raise self.file.error("the file is truncated")
-            done += count
-        self._drop(start, len(view))
+        self.file.read(view, self.offset + start)
         length, sum_ = self.sums.get(start, (0, 0))
         if length == len(view) and zlib.crc32(view) != sum_:
             raise self.file.error("the file is not what was written (a checksum differs)")
@@ -133,40 +166,24 @@ class Extent:
         """
         view = memoryview(cast(Any, buffer.numpy()))
         self.sums[start] = len(view), zlib.crc32(view)
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwritev(self.file.direct, [view[done:]], self.offset + start + done)
-            except OSError as error:
-                if error.errno == errno.EINVAL and self._leave_direct():
-                    continue
-                raise self.file.error(f"cannot write: {error.strerror}") from None
-        self._drop(start, len(view))
-
-    def _leave_direct(self) -> bool:
-        """A file system may open a file for direct access and then refuse it."""
-        if self.file.direct == self.file.fd:
-            return False
-        self.file.direct = self.file.fd
-        return True
-
-    def _drop(self, start: int, length: int) -> None:
-        if self.file.direct == self.file.fd and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.file.fd, self.offset + start, length, os.POSIX_FADV_DONTNEED)
+        self.file.write(view, self.offset + start)
 
     def mapped(self) -> Tensor:
         """The tensor itself, whose memory is the file. What is written to it is in the file."""
         # Whoever gets it may write, so that no checksum holds any more.
         self.sums.clear()
         if self._map is None:
-            self._map = mmap.mmap(self.file.fd, self.room, offset=self.offset)
-        flat = marked(torch.frombuffer(self._map, dtype=self.dtype, count=max(prod(self.shape), 1)), self)
+            try:
+                self._map = Pages(self.file.fd, self.offset, self.room)
+            except OSError as error:
+                raise self.file.error(f"cannot map: {error.strerror}") from None
+        flat = marked(torch.frombuffer(self._map.memory, dtype=self.dtype, count=max(prod(self.shape), 1)), self)
         return flat[: prod(self.shape)].view(self.shape)
 
     def fetch(self) -> None:
         """Begin to read its pages, without waiting."""
         if self._map is not None and hasattr(mmap, "MADV_WILLNEED"):
-            self._map.madvise(mmap.MADV_WILLNEED)
+            self._map.advise(mmap.MADV_WILLNEED)
 
     def settle(self) -> None:
         """Write its changed pages and take none of the memory any more; the next use reads them again."""
@@ -175,8 +192,32 @@ class Extent:
         if written(self.file.fd, self.offset, self.room) != 0:
             raise self.file.error("cannot write")
         if hasattr(mmap, "MADV_DONTNEED") and hasattr(os, "posix_fadvise"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+            self._map.advise(mmap.MADV_DONTNEED)
             os.posix_fadvise(self.file.fd, self.offset, self.room, os.POSIX_FADV_DONTNEED)
+
+
+class Pages:
+    """Pages of a file as memory, until nobody holds `memory`.
+
+    Python's own mapping holds a descriptor each, and a large model has more tensors than a process may have those.
+
+    Raises:
+        OSError: if the system refuses.
+    """
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        access, place = mmap.PROT_READ | mmap.PROT_WRITE, ctypes.c_int64(offset)
+        LIBC.mmap.restype = ctypes.c_void_p
+        found: int = LIBC.mmap(None, ctypes.c_size_t(length), access, mmap.MAP_SHARED, fd, place)
+        if found == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        self.memory = (ctypes.c_char * length).from_address(found)
+        self.span = ctypes.c_void_p(found), ctypes.c_size_t(length)
+        weakref.finalize(self.memory, LIBC.munmap, *self.span).atexit = False
+
+    def advise(self, what: int) -> None:
+        """Tell the system what comes next."""
+        LIBC.madvise(*self.span, what)
 
 
 class Imagined:
@@ -199,6 +240,28 @@ class Imagined:
 
     def settle(self) -> None:
         """Nothing."""
+
+
+def home(folder: str, out: str | Path) -> Path:
+    """Where a file shall be: in the folder of the settings, else in the nearest to the run's that exists."""
+    if folder:
+        return Path(folder).absolute()
+    place = Path(out).absolute()
+    return next(p for p in (place, *place.parents) if p.is_dir())
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether a folder's disk is memory itself, as a tmpfs is."""
+    try:
+        wanted, mounts = os.stat(folder).st_dev, Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        major, minor = before.split()[2].split(":")
+        if os.makedev(int(major), int(minor)) == wanted:
+            return after.split()[0] in ("tmpfs", "ramfs")
+    return False
 
 
 def aligned(size: int) -> Tensor:

@@ -33,7 +33,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def made(folder: Path, **settings: Any) -> Any:
-    return recipe(example("offload_activations", path=str(folder)), model=MODEL, **settings)
+    return recipe(example("offload_activations", folder=str(folder)), model=MODEL, **settings)
 
 
 def test_a_full_disk_ends_the_run_with_a_reason_and_it_resumes(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_full_disk_ends_the_run_with_a_reason_and_it_resumes(tmp_path: Path) -
         if event == "checkpoint" and "step-000000003" in str(fields["path"]):
             resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 
-    with files_of_at_most(1 << 40), pytest.raises(UserError, match="cannot hold what is offloaded.*Free some space"):
+    with files_of_at_most(1 << 40), pytest.raises(UserError, match="cannot write: File too large.*Set `folder`"):
         train(made(tmp_path, name="full", **settings), data=TinyData().open(), observe=shrink)
     resumed = train(resume=tmp_path / "full", data=TinyData().open())
     assert resumed.run.clock.step == 8
@@ -60,7 +60,7 @@ def spill_of(run: Run) -> Spill:
 @pytest.mark.parametrize("damage", ["cut", "changed"])
 @pytest.mark.parametrize("depth", [0, 1])
 def test_what_comes_back_wrong_is_no_gradient(damage: str, depth: int, tmp_path: Path) -> None:
-    technique = example("offload_activations", path=str(tmp_path), depth=depth)
+    technique = example("offload_activations", folder=str(tmp_path), depth=depth)
     run = run_of(recipe(technique, model=MODEL))
     batch = run.batch(0)
     assert run.loss
@@ -68,15 +68,15 @@ def test_what_comes_back_wrong_is_no_gradient(damage: str, depth: int, tmp_path:
     spill = spill_of(run)
     spill.writer.shutdown()
     if damage == "cut":
-        os.ftruncate(spill.fd, 4096)
+        os.ftruncate(spill.file.fd, 4096)
     else:
-        os.pwrite(spill.fd, memoryview(spill.spare)[:4096], 4096)
-    with pytest.raises(UserError, match="the disk gave back other bytes"):
+        os.pwrite(spill.file.fd, memoryview(spill.spare)[:4096], 4096)
+    with pytest.raises(UserError, match="the disk gave back other bytes|the file is truncated"):
         loss.backward()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    run = run_of(recipe(example("offload_activations", path=str(tmp_path / "none")), model=MODEL))
+    run = run_of(recipe(example("offload_activations", folder=str(tmp_path / "none")), model=MODEL))
     assert run.backward
-    with pytest.raises(UserError, match="none: cannot hold what is offloaded.*Set `path`"):
+    with pytest.raises(UserError, match="no file can be made.*none.*Set `folder`"):
         run.backward(run.batch(0), torch.tensor(1))

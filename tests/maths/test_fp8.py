@@ -127,3 +127,10 @@ def test_overflow_with_autocast_skips_the_step() -> None:
         run.memories["autocast"]["scale"].fill_(2.0**100)
     step(run)
     assert torch.equal(before, run.model.get_parameter("blocks.0.mlp.up.weight"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_beyond_float16_are_no_infinities(dtype: torch.dtype) -> None:
+    small = torch.tensor([[0.0, 2.0**-10, -(2.0**-12)]], dtype=dtype)
+    codes, inverse = Product(FP8(), torch.device("cpu")).cast(small, 2, 1)
+    torch.testing.assert_close(codes.float() * inverse, small.float(), rtol=0, atol=0)

@@ -134,3 +134,11 @@ def test_small_updates_survive_on_average() -> None:
         example("int8").step(lambda: True, run)()
         moved += float((weight.data - start)[:, 1:-1].mean())
     assert abs(moved / 20 / (0.05 / 127) - 1) < 0.2
+
+
+def test_rounded_weights_are_seen_by_who_keeps_a_copy() -> None:
+    run = run_of(recipe(example("int8")))
+    weight = run.model.get_parameter("blocks.0.mlp.up.weight")
+    before = weight._version
+    example("int8").step(lambda: True, run)()
+    assert weight._version > before

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from scrimp.disk import PAGE, Scratch
 from scrimp.meter import LiveBytes
 from scrimp.run import Run, apply
-from scrimp.spill import PIECE, SECTOR, Spill
+from scrimp.spill import PIECE, Spill
 from scrimp.technique import Cost
 from scrimp.techniques.offloading.offload_activations import Line, Moved, OffloadActivations
 from tiny import assert_equal, example, recipe, run_of
@@ -72,7 +73,7 @@ def test_a_pattern_and_somebodys_own_model(tmp_path: Path) -> None:
     model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh()) for _ in range(3)))
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     wanted = torch.autograd.grad(model(x).sum(), list(model.parameters()))
-    technique = OffloadActivations(blocks="0|1", keep=0, least=1, path=str(tmp_path))
+    technique = OffloadActivations(blocks="0|1", keep=0, least=1, folder=str(tmp_path))
     other = torch.autograd.grad(apply(model, [technique])(x).sum(), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(wanted, other, strict=True))
 
@@ -114,9 +115,10 @@ def test_those_of_the_block_before_are_fetched_backwards_while_there_is_room() -
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_bytes_come_back_through_a_buffer_that_is_smaller(direct: bool, tmp_path: Path) -> None:
-    spill = Spill(tmp_path, 2 * PIECE)
-    spill.direct = spill.direct and direct
-    sizes = [1, SECTOR - 1, PIECE, 3 * PIECE + 5, 100]
+    file = Scratch(tmp_path, "test")
+    file.direct = file.direct if direct else file.fd
+    spill = Spill(file, 2 * PIECE)
+    sizes = [1, PAGE - 1, PIECE, 3 * PIECE + 5, 100]
     given = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in sizes]
     for _ in range(2):
         held: list[Any] = [spill.put(x.data_ptr(), x.nbytes) for x in given]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from scrimp.disk import PAGE, Extent, Scratch, aligned, extent_of
+from scrimp.disk import PAGE, Extent, Scratch, aligned, extent_of, home
 from scrimp.errors import UserError
 from scrimp.run import Run
 from scrimp.techniques.offloading import offload_states
@@ -42,7 +43,7 @@ def test_buffers_are_much_smaller_than_states(monkeypatch: pytest.MonkeyPatch) -
     made: list[int] = []
     monkeypatch.setattr(offload_states, "aligned", lambda size: made.append(size) or aligned(size))
     rule, p = LionRule([weights(20 * PAGE)], lr=0.1), None
-    offload(rule, Scratch("/tmp", "test"), PAGE)
+    offload(rule, Scratch(Path("/tmp"), "test"), PAGE)
     for p in rule.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     rule.step()
@@ -56,7 +57,7 @@ def weights(count: int) -> nn.Parameter:
 
 
 def offloaded(tile: int = PAGE) -> tuple[torch.optim.Optimizer, nn.Parameter, Scratch]:
-    p, file = weights(3 * PAGE), Scratch("/tmp", "techniques.offload_states.folder")
+    p, file = weights(3 * PAGE), Scratch(Path("/tmp"), "techniques.offload_states.folder")
     rule = torch.optim.AdamW([p], lr=0.1, fused=True)
     offload(rule, file, tile)
     p.grad = torch.ones_like(p)
@@ -104,11 +105,11 @@ def test_a_full_disk_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="the disk has no room"):
-        Scratch("/tmp", "test").extent(torch.Size([4]), torch.float32)
+        Scratch(Path("/tmp"), "test").extent(torch.Size([4]), torch.float32)
 
 
 def test_the_file_has_no_name(tmp_path: Path) -> None:
-    file = Scratch(tmp_path / "not/there/yet", "test")
+    file = Scratch(home("", tmp_path / "not/there/yet"), "test")
     file.extent(torch.Size([4]), torch.float32)
     assert file.folder == tmp_path
     assert list(tmp_path.iterdir()) == []
@@ -128,6 +129,46 @@ def test_mapped_and_direct_access_see_the_same(tmp_path: Path, direct: bool) -> 
     buffer[:12000].view(torch.float32).mul_(2)
     extent.write(buffer, 0)
     assert torch.equal(tensor, 2.0 * torch.arange(3000))
+
+
+def test_tensors_hold_no_descriptors_and_their_pages_go_with_them(tmp_path: Path) -> None:
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count(str(tmp_path))
+
+    file = Scratch(tmp_path, "test")
+    before = held()
+    mapped = [file.extent(torch.Size([4]), torch.float32).mapped() for _ in range(5)]
+    # Neighbors are one line of the table.
+    assert held()[0] == before[0]
+    assert held()[1] > before[1]
+    mapped.clear()
+    assert held() == before
+
+
+def test_a_file_system_may_refuse_direct_access_late(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file, write = Scratch(tmp_path, "test"), os.pwritev
+
+    def refusing(fd: int, views: list[memoryview], place: int) -> int:
+        if fd != file.fd:
+            raise OSError(22, "Invalid argument")
+        return write(fd, views, place)
+
+    monkeypatch.setattr(os, "pwritev", refusing)
+    extent, buffer = file.extent(torch.Size([4]), torch.float32), aligned(16).fill_(7)
+    extent.write(buffer, 0)
+    extent.read(buffer.zero_(), 0)
+    assert (buffer == 7).all()
+
+
+@pytest.mark.parametrize("name", ["offload_states", "layer_to_layer", "offload_activations"])
+def test_a_folder_in_memory_or_none_is_told(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = type(example(name)).__module__
+    monkeypatch.setattr(f"{module}.in_memory", lambda folder: folder == tmp_path)
+    run = run_of(recipe(example(name, folder=str(tmp_path))))
+    assert any(f"{name} saves nothing" in remark for remark in run.remarks)
+    with pytest.raises(UserError, match=r"no file can be made.*missing"):
+        step(run_of(recipe(example(name, folder=str(tmp_path / "missing")))))
 
 
 def test_a_rule_that_clips_all_gradients_together_is_refused() -> None:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from scrimp.disk import Extent, Imagined, Scratch, extent_of, fetch, settle
+from scrimp.disk import Extent, Imagined, Scratch, extent_of, fetch, home, in_memory, settle
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks, wrap_forward
 from scrimp.technique import Card, Cost, Technique, at_least, overrides
@@ -69,6 +70,10 @@ class LayerToLayer(Technique):
     def __post_init__(self) -> None:
         at_least(1, self, "parts")
 
+    def anchored(self) -> LayerToLayer:
+        """With an absolute path."""
+        return replace(self, folder=str(Path(self.folder).absolute())) if self.folder else self
+
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Memory of weights is a file, and blocks come and go."""
         if run.task is None:
@@ -80,8 +85,10 @@ class LayerToLayer(Technique):
         if self.parts > 1 and any(type(block).__module__.partition(".")[0] != "scrimp" for block in found):
             what = f"{type(found[0]).__name__} does not say which of its inputs have a row for each sample."
             raise UserError(what, run.where(self, "parts"), "Set it to 1, and use accumulate.")
-        real = detect_fake_mode() is None
-        file = Scratch(self.folder or run.recipe.out, run.where(self, "folder")) if real else None
+        folder = home(self.folder, run.recipe.out)
+        if in_memory(folder):
+            run.remarks.append(f"layer_to_layer saves nothing: {folder} is kept in memory. Set its `folder`.")
+        file = Scratch(folder, run.where(self, "folder")) if detect_fake_mode() is None else None
         to_disk(model, file)
         for i, block in enumerate(found):
             before, after = found[i - 1 : i] if i else [], found[i + 1 : i + 2]

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from scrimp.disk import Scratch, home, in_memory
 from scrimp.models.seams import blocks, matching
 from scrimp.saved import treat
-from scrimp.spill import Spill, in_memory
+from scrimp.spill import Spill
 from scrimp.technique import Card, Cost, Technique, at_least
 
 if TYPE_CHECKING:
@@ -58,13 +59,13 @@ class OffloadActivations(Technique):
     keep: int = 1
     """Last blocks that are never offloaded."""
     depth: int = 1
-    """Blocks whose activations are fetched in advance in the backward pass; 0 fetches each tensor when it is needed."""
+    """Blocks before the one at work whose activations are fetched early in the backward pass; 0: only its own."""
     least: int = 65536
     """Bytes of the smallest tensor that is worth moving."""
     buffer: int = 64
     """MiB of memory for what is on its way."""
-    path: str = ""
-    """Folder on the disk to use; empty means the disk of the run's folder."""
+    folder: str = ""
+    """Where the file shall be; empty means where the run's folder is. A fast local disk."""
     blocks: str = ""
     """Pattern of the modules to treat; empty means the model's blocks."""
 
@@ -74,7 +75,7 @@ class OffloadActivations(Technique):
 
     def anchored(self) -> OffloadActivations:
         """With an absolute path."""
-        return replace(self, path=str(Path(self.path).absolute())) if self.path else self
+        return replace(self, folder=str(Path(self.folder).absolute())) if self.folder else self
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Move what the chosen blocks save."""
@@ -102,12 +103,10 @@ class OffloadActivations(Technique):
     def _store(self, run: Run) -> Store:
         if self.to == "host" or (self.to == "auto" and run.device.type == "cuda"):
             return Host(self.buffer << 20)
-        folder = Path(self.path or getattr(run.recipe, "out", ".")).absolute()
-        while not self.path and not folder.is_dir():
-            folder = folder.parent
+        folder = home(self.folder, getattr(run.recipe, "out", "."))
         if in_memory(folder):
-            run.remarks.append(f"offload_activations saves nothing: {folder} is kept in memory. Set its `path`.")
-        return Disk(folder, self.buffer << 20)
+            run.remarks.append(f"offload_activations saves nothing: {folder} is kept in memory. Set its `folder`.")
+        return Disk(folder, self.buffer << 20, run.where(self, "folder"))
 
 
 class Store(Protocol):
@@ -173,14 +172,14 @@ class Line:
 class Disk:
     """A file. It is made when the first tensor comes, so that building a run to look at it makes none."""
 
-    def __init__(self, folder: Path, buffer: int) -> None:
-        self.folder, self.buffer = folder, buffer
+    def __init__(self, folder: Path, buffer: int, where: str) -> None:
+        self.folder, self.buffer, self.where = folder, buffer, where
         self.spill: Spill | None = None
 
     def put(self, tensor: Tensor) -> Any:
         """Its bytes into the buffer, and from there to disk."""
         if self.spill is None:
-            self.spill = Spill(self.folder, self.buffer)
+            self.spill = Spill(Scratch(self.folder, self.where), self.buffer)
         near = tensor.cpu()
         return self.spill.put(near.data_ptr(), near.nbytes)
 

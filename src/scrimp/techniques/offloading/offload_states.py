@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,7 +31,7 @@ from torch._guards import detect_fake_mode
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch
+from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch, home, in_memory
 from scrimp.errors import UserError
 from scrimp.groups import Group, parts
 from scrimp.technique import Card, Technique, at_least
@@ -67,13 +68,19 @@ class OffloadStates(Technique):
     def __post_init__(self) -> None:
         at_least(1, self, "tile")
 
+    def anchored(self) -> OffloadStates:
+        """With an absolute path."""
+        return replace(self, folder=str(Path(self.folder).absolute())) if self.folder else self
+
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
         """The same optimizer, whose states are elsewhere."""
 
         def made(groups: list[Group]) -> Optimizer:
             optimizer = make(groups)
-            real = detect_fake_mode() is None
-            file = Scratch(self.folder or run.recipe.out, run.where(self, "folder")) if real else None
+            folder = home(self.folder, run.recipe.out)
+            if in_memory(folder):
+                run.remarks.append(f"offload_states saves nothing: {folder} is kept in memory. Set its `folder`.")
+            file = Scratch(folder, run.where(self, "folder")) if detect_fake_mode() is None else None
             for rule in parts(optimizer):
                 if getattr(rule, "clip", 0):
                     fix = "Set its `clip` to 0 and use the technique clip."

@@ -145,7 +145,9 @@ class Product(nn.Module):
         # Casting cuts off, so an overflow must be seen in the tensor before it.
         inverse = torch.where(most.isfinite(), 1 / scale, torch.nan)
         limit = torch.finfo(dtype).max
-        return (x * scale.to(x.dtype)).clamp_(-limit, limit).to(dtype), inverse
+        # Scales of small tensors are more than float16 can hold.
+        wide = x.float() if x.dtype == torch.float16 else x
+        return (wide * scale.to(wide.dtype)).clamp_(-limit, limit).to(dtype), inverse
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         recorded = torch.is_grad_enabled()

@@ -84,7 +84,8 @@ class INT8(Technique):
             for name, weight in chosen.items() if updated else ():
                 key = generator(run.seed, f"{name}.{run.clock.step}").initial_seed() & 0x7FFFFFFF
                 codes, scale = quantized(weight.detach(), 1, key)
-                weight.data.copy_(codes.to(weight.dtype) * scale)
+                # Not through `data`, whose changes nobody else can see, such as who keeps a copy of the weight.
+                weight.detach().copy_(codes.to(weight.dtype) * scale)
             return updated
 
         return rounded
