@@ -16,7 +16,6 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from scrimp.checkpoint import save_tensors
 from scrimp.errors import UserError
 from scrimp.models.hub_files import read_json, replace_folder, write_json
 from scrimp.models.hub_formats import Format, format_of
+from scrimp.models.seams import matches
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -145,7 +145,7 @@ def _heads(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[st
     named = {n: p.detach() for n, p in model.named_parameters()}
     adapters = [pattern for t in techniques for pattern in t.trained]
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    own = {n.rpartition(".")[0] for n in trained if not any(fnmatchcase(n, pattern) for pattern in adapters)}
+    own = {n.rpartition(".")[0] for n in trained if not any(matches(pattern, n) for pattern in adapters)}
     heads = names.form.write({n: t for n, t in named.items() if n.rpartition(".")[0] in own}, names.config)
     modules = {n.rpartition(".")[0] for n in heads}
     saved = sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules))

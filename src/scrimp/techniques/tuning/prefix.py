@@ -48,7 +48,7 @@ class Prefix(Technique):
         costs="`length` more keys in every attention",
         sets=("prefixes",),
         scope="targets",
-        trains=("*.prefix.*", "prefix_root.*"),
+        trains=("*.prefix.*|prefix_root.*",),
         phase={"model": "seams", "export": "merged"},
         example={"length": 2},
     )

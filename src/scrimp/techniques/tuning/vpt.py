@@ -37,7 +37,7 @@ class VPT(Technique):
         saves="gradients and states of the model's weights, and disk",
         costs="`length` more tokens in every block",
         sets=("prompts",),
-        trains=("*prompts.*", "*.enter.*"),
+        trains=("*prompts.*|*.enter.*",),
         refuses={
             "tokens of a layer": "It may leave out prompts, which stand among the patches.",
             "depth schedule": "Copies of blocks would begin with copies of their prompts.",
