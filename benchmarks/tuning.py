@@ -3,6 +3,7 @@
     python benchmarks/tuning.py                                   # under ten minutes on one core; writes its evidence
     python benchmarks/tuning.py --only lora --only bitfit
     python benchmarks/tuning.py --pretrain 20 --steps 4 --seeds 1 --out /tmp/tuning.json     # does it run?
+    python benchmarks/tuning.py --plan                            # the table of docs/guides/prompts.md, in a minute
 
 gpt-1m is trained on the interpreter's own library sources, and then tuned on other text: what their docstrings say,
 which is English prose. Every registered tuning method takes part, with its defaults and in the variants of `ARMS`,
@@ -13,6 +14,9 @@ best of them. A seed draws what a method adds and the order of the data; the pre
     peak_bytes   of live tensors in a step: weights, gradients, states and activations
     seconds      of the processor, a step; the median
     loss         of held-out windows after the last step, for each seed
+
+`--plan` trains nothing: it prints what ways to tune a larger model would need, which has 12 blocks of width 768, 2048
+rows in its vocabulary, four sequences of 512 tokens a batch, AdamW and float32.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from docstrings import pairs
 from scrimp.errors import UserError
 from scrimp.folder import environment
 from scrimp.meter import LiveBytes
+from scrimp.planning import plan
 from scrimp.recipe import Recipe
 from scrimp.registry import catalogue
 from scrimp.restore import starting_weights
@@ -53,6 +58,18 @@ ARMS: Final[dict[str, dict[str, Any]]] = {
     "compacter": {"compacter": {"bottleneck": 16}},
 }
 """Name -> techniques beside the update rule. Methods that stand in none have an arm with their defaults."""
+QKV: Final = {"lora": {"rank": 8, "targets": "attention.qkv"}}
+PLANNED: Final[dict[str, dict[str, Any]]] = {
+    "all weights": {},
+    "`lora` of rank 8 on attention.qkv": QKV,
+    "`prompt` of 20": {"prompt": {}},
+    "`prefix` of 20": {"prefix": {}},
+    "`ladder`": {"ladder": {}},
+    "`lora`, `quantized_base`": {**QKV, "quantized_base": {}},
+    "`ladder`, `quantized_base`": {"ladder": {}, "quantized_base": {}},
+    "`share` with `distinct: 1`": {"share": {"distinct": 1}},
+}
+"""Row of the table of `--plan` -> techniques beside AdamW."""
 SHARED: Final[dict[str, Any]] = {"device": "cpu", "sample": {"tokens": 0}, "validate": {"every": 0, "batches": 0}}
 DATA: Final[dict[str, Any]] = {"vocab": 2048, "context": 128}
 
@@ -165,6 +182,20 @@ class Bench:
         )
 
 
+def planned(place: Path) -> None:
+    """Print what tuning a larger model would need."""
+    (place / "text.txt").write_text("A text of some words. " * 4000)
+    print("| trained | numbers trained | peak, MiB | forward, GFLOP | backward, GFLOP |\n| --- | --- | --- | --- | --- |")
+    for name, techniques in PLANNED.items():
+        raw = {**SHARED, "model": {"layers": 12, "width": 768, "heads": 12, "dropout": 0.0, "vocab": 2048},
+               "data": {"source": str(place / "text.txt"), "tokenizer": "bytes", "context": 512},
+               "batch": 4, "duration": "2 step", "techniques": {"adamw": {}, **techniques}}  # fmt: skip
+        found = plan(Recipe.read(raw))
+        (stage,) = found.stages
+        flops = [round(stage.flops()[phase] / 1e9) for phase in ("forward", "backward")]
+        print(f"| {name} | {stage.trained:,} | {found.live / 2**20:,.0f} | {flops[0]} | {flops[1]} |", flush=True)
+
+
 def main() -> None:
     """Pre-train, tune with every arm, and write the evidence."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -174,8 +205,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-2])
     parser.add_argument("--out", type=Path, default=EVIDENCE)
+    parser.add_argument("--plan", action="store_true", help="Print the plans of a larger model, and end.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
+        if options.plan:
+            planned(Path(place))
+            return
         given = (options.steps, options.seeds, options.rates, options.pretrain)
         bench = Bench(Path(place), options.out, *given)
         before = bench.prepare()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from scrimp.clock import Clock
 from scrimp.data.pixels import Pixels
 from scrimp.errors import RecipeError, UserError
 from scrimp.folder import RunFolder
+from scrimp.models.seams import matches
 from scrimp.plain import to_device
 from scrimp.products import fast_products
 from scrimp.reading import override, plain, validated
@@ -150,7 +150,7 @@ def export(place: str | Path, out: str | Path) -> Path:
 
 def matched(technique: Technique, names: Iterable[str]) -> bool:
     """Whether some of these parameters are a technique's own."""
-    return any(fnmatchcase(name, pattern) for name in names for pattern in technique.trained)
+    return any(matches(pattern, name) for name in names for pattern in technique.trained)
 
 
 def export_adapters(place: str | Path, out: str | Path) -> Path:

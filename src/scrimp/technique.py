@@ -61,8 +61,8 @@ SLOTS: Final[dict[str, str]] = {
 PHASES: Final[dict[str, tuple[str, ...]]] = {
     "model": ("sizes", "architecture", "beside", "seams", "frozen"),
     "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
-    "init": ("fill", "scale", "packed"),
-    "carry": ("decoded", "rewind", "grow", "widen", "masked", "packed"),
+    "init": ("fill", "scale", "packed", "measured"),
+    "carry": ("decoded", "rewind", "grow", "widen", "masked", "packed", "measured"),
     "optimizer": ("rule", "states"),
     "schedule": ("shape", "warm-up", "time", "rounds"),
     "items": ("filter", "sample"),

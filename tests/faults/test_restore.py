@@ -21,7 +21,7 @@ from scrimp.models import hub
 from scrimp.recipe import Recipe
 from scrimp.restore import starting_weights
 from scrimp.training import train
-from tiny import assert_equal, example, flat, recipe, run_of
+from tiny import MODEL, assert_equal, example, flat, recipe, run_of
 
 
 def text_data(folder: Path) -> dict[str, Any]:
@@ -62,17 +62,19 @@ def test_adapter_only_runs_resume_and_export(tmp_path: Path, grows: bool) -> Non
         assert_equal(flat(whole.run.state()), flat(again.run.state()))
 
 
-def on_a_folder(tmp_path: Path) -> Recipe:
+def on_a_folder(tmp_path: Path, tuned: str = "lora", **settings: Any) -> Recipe:
     """Adapters on a folder of weights, and the folder."""
-    base = train(made(tmp_path, "base", sample={"tokens": 0}))
+    base = train(made(tmp_path, "base", model={**MODEL, "context": 20}, sample={"tokens": 0}))
     assert base.folder is not None
     export(base.folder, tmp_path / "hf")
     model = {"from": str(tmp_path / "hf")}
-    return made(tmp_path, "tuned", example("lora"), model=model, checkpoint={"adapter_only": True, "every": "4 step"})
+    kept = {"adapter_only": True, "every": "4 step"}
+    return made(tmp_path, "tuned", example(tuned, **settings), model=model, checkpoint=kept)
 
 
-def test_adapters_go_to_peft_and_a_run_begins_with_them(tmp_path: Path) -> None:
-    tuned = on_a_folder(tmp_path)
+@pytest.mark.parametrize("name", ["lora", "prefix"])
+def test_adapters_go_to_peft_and_a_run_begins_with_them(tmp_path: Path, name: str) -> None:
+    tuned = on_a_folder(tmp_path, name, **({} if name == "lora" else {"shift": True}))
     first = train(tuned)
     export_adapters(tmp_path / "tuned", tmp_path / "peft")
     export_adapters(tmp_path / "tuned", tmp_path / "peft")  # an earlier one is replaced
@@ -94,9 +96,10 @@ def test_adapters_without_a_folder_to_stand_on_are_not_exported(tmp_path: Path) 
     export(tmp_path / "tuned", tmp_path / "merged")
 
 
-def test_what_does_not_merge_is_not_exported(tmp_path: Path) -> None:
-    train(made(tmp_path, "tuned", example("adapter"), sample={"tokens": 0}))
-    with pytest.raises(UserError, match="`adapter` added layers to the model that do not merge"):
+@pytest.mark.parametrize("name", ["adapter", "prefix"])
+def test_what_does_not_merge_is_not_exported(tmp_path: Path, name: str) -> None:
+    train(made(tmp_path, "tuned", example(name), sample={"tokens": 0}))
+    with pytest.raises(UserError, match=f"`{name}` added layers to the model that do not merge"):
         export(tmp_path / "tuned", tmp_path / "hf")
 
 

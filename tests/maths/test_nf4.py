@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from scrimp.errors import UserError
+from scrimp.groups import trainable
 from scrimp.numerics import nf4
 from scrimp.run import exported
 from scrimp.techniques.precision.quantized_base import QuantizedBase
@@ -62,8 +63,8 @@ def test_a_zero_weight_stays_zero() -> None:
         assert not nf4.unpack(*nf4.pack(torch.zeros(2, 64), double), torch.float32).any()
 
 
-def packed(*more: Any, **settings: Any) -> Any:
-    return run_of(recipe(QuantizedBase(), *more, model=SMALL, **settings))
+def packed(*more: Any, source: Any = None, **settings: Any) -> Any:
+    return run_of(recipe(QuantizedBase(), *more, model=SMALL, **settings), source=source)
 
 
 def test_it_computes_with_the_packed_weights_and_gradients_flow_through() -> None:
@@ -97,6 +98,22 @@ def test_only_the_adapters_move_and_the_export_is_what_was_run() -> None:
     run.model.eval()
     whole.model.eval()
     torch.testing.assert_close(run.model(tokens), whole.model(tokens), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["lora", "magnitude", "ssf", "ia3", "bitfit"])
+def test_every_method_that_merges_does_so_on_a_packed_checkpoint(name: str) -> None:
+    tuned = example("lora", magnitude=True) if name == "magnitude" else example(name)
+    source = run_of(recipe(model=SMALL, dtype="float64", seed=5)).state()
+    run: Any = packed(tuned, dtype="float64", source=source)
+    if name == "magnitude":
+        qkv = run.model.blocks[0].attention.qkv
+        torch.testing.assert_close(qkv.lora.m, torch.linalg.vector_norm(qkv.nf4(qkv.weight), dim=1))
+    with torch.no_grad():
+        for p in trainable(run.model).values():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    whole: Any = run_of(recipe(model=SMALL, dtype="float64"), source={"model": exported(run)})
+    tokens = run.batch(0)["tokens"]
+    torch.testing.assert_close(run.model.eval()(tokens), whole.model.eval()(tokens), rtol=0, atol=1e-12)
 
 
 def test_weights_of_a_checkpoint_are_packed_and_memory_is_as_computed() -> None:

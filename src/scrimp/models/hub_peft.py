@@ -1,8 +1,8 @@
 """Folders of the library peft in and out: adapter_config.json and adapter_model.safetensors, without importing peft.
 
-Each kind of adapter has a file of its own, `KINDS`, with two functions:
+Each kind of adapter has a file, `KINDS`, with two functions:
 
-    write(techniques, named, names)        -> (what adapter_config.json says, their tensors)
+    write(techniques, model, names)        -> (what adapter_config.json says, their tensors)
     read(raw, held, techniques, base, names) -> our tensors; takes out of `held` what it has read
 
 A layer that is one here and three there, such as q, k and v, is split by its rows: `Names.places` says which rows of
@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,13 +27,20 @@ from scrimp.checkpoint import save_tensors
 from scrimp.errors import UserError
 from scrimp.models.hub_files import read_json, replace_folder, write_json
 from scrimp.models.hub_formats import Format, format_of
+from scrimp.models.seams import matches
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
-PREFIX: Final = "base_model.model."
-"""Of every tensor in their files."""
-KINDS: Final = {"lora": ("LORA", "hub_peft_lora"), "ia3": ("IA3", "hub_peft_ia3")}
-"""Technique -> its `peft_type`, and the module that writes and reads it."""
+VECTORS: Final = "prompt_embeddings"
+"""The tensor of prompts and prefixes, which stands in no module."""
+KINDS: Final = {
+    "LORA": ("lora", "hub_peft_lora"),
+    "IA3": ("ia3", "hub_peft_ia3"),
+    "PROMPT_TUNING": ("prompt", "hub_peft_prompts"),
+    "P_TUNING": ("prompt", "hub_peft_prompts"),
+    "PREFIX_TUNING": ("prefix", "hub_peft_prompts"),
+}
+"""`peft_type` -> the technique, whose first one here is written, and the module that writes and reads it."""
 TASKS: Final = {"lm": "CAUSAL_LM", "": "CAUSAL_LM", "classes": "SEQ_CLS"}
 """Head -> their task, where they have one."""
 
@@ -43,10 +50,12 @@ class Names:
     """What a Hugging Face family calls the linear layers of a model.
 
     Attributes:
+        model_type: the family.
         config: our options of the model.
         layers: shapes [outputs, inputs] of our linear layers, by name.
     """
 
+    model_type: str
     form: Format
     config: Any
     layers: Mapping[str, tuple[int, int]]
@@ -61,7 +70,7 @@ class Names:
             for name, shape in shapes.items()
             if name.startswith(("blocks.", "encoder.", "decoder.")) and name.endswith(".weight") and len(shape) == 2
         }
-        return cls(format_of(model_type), config, {n: s for n, s in layers.items() if "positions" not in n})
+        return cls(model_type, format_of(model_type), config, {n: s for n, s in layers.items() if "positions" not in n})
 
     def places(self, layer: str) -> dict[str, Tensor]:
         """Their modules that one of our layers is, and which of our outputs each has: int64 [outputs]."""
@@ -96,27 +105,26 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
         UserError: if there is no adapter that peft knows, or something else was trained beside it.
     """
     folder, names = Path(folder).resolve(), Names.of(model_type, config)
+    known = dict.fromkeys(own for own, _ in KINDS.values())
     kinds = {t.name for t in techniques if t.trained}
-    if len(kinds) != 1 or not kinds <= KINDS.keys():
-        what = f"a peft folder holds one of {', '.join(KINDS)}, and the run trains {', '.join(sorted(kinds)) or 'all'}."
+    if len(kinds) != 1 or not kinds <= known.keys():
+        what = f"a peft folder holds one of {', '.join(known)}, and the run trains {', '.join(sorted(kinds)) or 'all'}."
         raise UserError(what, "--to", "Use `--to hf`, which merges what can be merged.")
-    name = kinds.pop()
-    kind, file = KINDS[name]
-    named = {n: p.detach() for n, p in model.named_parameters()}
-    module = importlib.import_module(f"scrimp.models.{file}")
-    raw, tensors = module.write([t for t in techniques if t.name == name], named, names)
-    own = [n for n, p in model.named_parameters() if p.requires_grad and f".{name}." not in n]
-    heads, saved = _heads(own, named, names)
+    mine = [t for t in techniques if t.name in kinds]
+    kind, file = next((kind, file) for kind, (own, file) in KINDS.items() if own in kinds)
+    raw, tensors = importlib.import_module(f"scrimp.models.{file}").write(mine, model, names)
+    heads, saved = _heads(mine, model, names)
     raw = {
         "peft_type": kind, "base_model_name_or_path": base, "task_type": TASKS.get(getattr(config, "head", "-")),
-        "inference_mode": True, "modules_to_save": saved or None, "fan_in_fan_out": model_type == "gpt2", **raw,
+        "inference_mode": True, "modules_to_save": saved or None, **raw,
     }  # fmt: skip
     partial = folder.parent / f".partial-{folder.name}"
     refuse_others(folder)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        whole = {PREFIX + n: t.clone().contiguous() for n, t in (tensors | heads).items()}
+        root = _prefix(tensors)
+        whole = {n if n == VECTORS else root + n: t.clone().contiguous() for n, t in (tensors | heads).items()}
         save_tensors(whole, partial / WEIGHTS, {"format": "pt"})
         write_json(partial / CONFIG, raw)
         replace_folder(folder, partial)
@@ -127,9 +135,17 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _heads(trained: Sequence[str], named: Mapping[str, Tensor], names: Names) -> tuple[dict[str, Tensor], list[str]]:
+def _prefix(tensors: Iterable[str]) -> str:
+    """What their file says before the name of each tensor of a model: adapters are inside of one module more."""
+    return "base_model." if VECTORS in tensors else "base_model.model."
+
+
+def _heads(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Tensor], list[str]]:
     """What a task trained beside the adapters: their tensors, and the modules to save, each of them whole."""
-    own = {name.rpartition(".")[0] for name in trained}
+    named = {n: p.detach() for n, p in model.named_parameters()}
+    adapters = [pattern for t in techniques for pattern in t.trained]
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    own = {n.rpartition(".")[0] for n in trained if not any(matches(pattern, n) for pattern in adapters)}
     heads = names.form.write({n: t for n, t in named.items() if n.rpartition(".")[0] in own}, names.config)
     modules = {n.rpartition(".")[0] for n in heads}
     saved = sorted(n for n in modules if not any(n.startswith(f"{other}.") for other in modules))
@@ -166,15 +182,14 @@ def read(
     """
     folder = Path(folder)
     raw, names = read_json(folder / CONFIG), Names.of(model_type, config)
-    name = next((own for own, (kind, _) in KINDS.items() if kind == raw.get("peft_type")), "")
+    name, file = KINDS.get(str(raw.get("peft_type")), ("", ""))
     if not name:
         raise UserError(f"adapters of type {raw.get('peft_type')} cannot be read.", str(folder / CONFIG))
     mine = [t for t in techniques if t.name == name]
     if not mine:
         raise UserError(f"the folder holds `{name}`, which the recipe lacks.", str(folder), f"Add `{name}`.")
     held = _held(folder / WEIGHTS, names.form.root)
-    module = importlib.import_module(f"scrimp.models.{KINDS[name][1]}")
-    ours = module.read(raw, held, mine, base, names)
+    ours = importlib.import_module(f"scrimp.models.{file}").read(raw, held, mine, base, names)
     heads = {n: held.pop(n) for n in names.form.tensors(config) if n in held}
     for copy in _copies(names):
         held.pop(copy, None)
@@ -190,10 +205,11 @@ def _held(path: Path, root: str) -> dict[str, Tensor]:
         raise UserError(f"{path.name} is missing.", str(path.parent), "Fetch the whole folder.")
     try:
         with safe_open(path, framework="pt") as file:
-            found = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = list(file.keys())
+            found = {key.removeprefix(_prefix(keys)): file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise UserError(f"is not a safetensors file: {error}.", str(path), "Fetch it again.") from None
-    rooted = not root or any(name.startswith(root) for name in found)
+    rooted = not root or VECTORS in found or any(name.startswith(root) for name in found)
     return found if rooted else {root + name: t for name, t in found.items()}
 
 

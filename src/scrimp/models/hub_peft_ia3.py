@@ -20,10 +20,9 @@ PARTS: Final = {"qkv": "qkv", "kv": "kv", "q": "q"}
 """Last part of a layer's name -> which projections it holds, in order."""
 
 
-def write(
-    techniques: Sequence[Any], named: Mapping[str, Tensor], names: Names
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json says, and their tensors."""
+    named = {name: p.detach() for name, p in model.named_parameters()}
     technique = techniques[0]
     tensors: dict[str, Tensor] = {}
     outputs, inputs = _layers(technique, names)
@@ -38,7 +37,10 @@ def write(
             tensors[f"{theirs}.ia3_l"] = named[f"{layer}.ia3.hidden"][None]
             ahead.append(theirs)
     chosen = names.short([name.removesuffix(".ia3_l") for name in tensors])
-    return {"target_modules": chosen, "feedforward_modules": names.short(ahead)}, tensors
+    return {
+        "target_modules": chosen, "feedforward_modules": names.short(ahead),
+        "fan_in_fan_out": names.model_type == "gpt2",
+    }, tensors  # fmt: skip
 
 
 def read(

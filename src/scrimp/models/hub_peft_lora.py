@@ -22,10 +22,9 @@ from scrimp.models.seams import matching
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def write(
-    techniques: Sequence[Any], named: Mapping[str, Tensor], names: Names
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json says, and their tensors."""
+    named = {name: p.detach() for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for technique in techniques:
@@ -40,6 +39,7 @@ def write(
     others = {theirs: size for theirs, size in sizes.items() if size != (first.rank, first.alpha)}
     return {
         "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": names.model_type == "gpt2",
         "target_modules": names.short(list(sizes)),
         "rank_pattern": {theirs: rank for theirs, (rank, _) in others.items()},
         "alpha_pattern": {theirs: alpha for theirs, (_, alpha) in others.items()},

@@ -1,7 +1,7 @@
-"""Prompts and prefixes as the library peft keeps them, in and out, without importing peft.
+"""Prompts and prefixes between our models and peft's.
 
-    PROMPT_TUNING    prompt_embeddings [P, C]                       ours: prompts.weight
-    PREFIX_TUNING    prompt_embeddings [P, L * 2 * K * D]           ours: blocks.i.attention.prefix.weight [2, K, P, D]
+    PROMPT_TUNING, P_TUNING  prompt_embeddings [P, C]                ours: prompts.weight
+    PREFIX_TUNING            prompt_embeddings [P, L * 2 * K * D]    ours: blocks.i.attention.prefix.weight [2, K, P, D]
 
 There, as with `shift: true`, tokens stand P places further right. Vectors that were trained without a shift are turned
 into such ones where positions are rotary: a key of a prefix is rotated by P places, and prompts need nothing. Learned
@@ -12,106 +12,100 @@ Legend of shapes: P vectors, C width, L blocks, K key/value heads, D head width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scrimp.errors import UserError
+from scrimp.models.hub_peft import VECTORS, Names
 from scrimp.models.layers import rotary, rotate
+from scrimp.models.seams import matching
+from scrimp.models.transformer import TransformerConfig
 
-NAME: Final = "prompt_embeddings"
-"""Of their only tensor."""
-KINDS: Final = {"PROMPT_TUNING": "prompt", "P_TUNING": "prompt", "PREFIX_TUNING": "prefix"}
-"""`peft_type` -> technique."""
+HEADS: Final = {"prompt": ("", "lm"), "prefix": ("", "lm", "classes")}
+"""Technique -> heads with which peft computes the same: it pools a prompt where the first token stands for all."""
 
 
 @torch.no_grad()
-def to_peft(model: nn.Module, base: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What adapter_config.json and adapter_model.safetensors hold.
+def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What adapter_config.json says, and their tensor.
 
-    Args:
-        model: a `Transformer` with prompts or a prefix.
-        base: folder or name of the model that they were trained on.
     Raises:
-        UserError: if it has neither or both, or their places cannot be said there.
+        UserError: if peft has no such vectors for the model, or their places cannot be said there.
     """
-    net: Any = model
-    c = net.config
+    name, net, c = techniques[0].name, model, names.config
+    _same_there(name, c, "--to")
     prefixes = [block.attention.prefix for block in net.blocks]
-    given = [prefix is not None for prefix in prefixes]
-    if bool(net.prepended) == any(given) or any(given) != all(given):
-        what = "the model has no prompts, or a prefix in some blocks only, or both."
-        raise UserError(what, "export", "peft holds either prompts or a prefix of all blocks.")
-    count = net.prepended or prefixes[0]().shape[2]
-    if net.shift != count and net.positions is not None:
+    if name == "prefix" and None in prefixes:
+        raise UserError("peft holds a prefix of all blocks, and some have none.", "--to", "Leave `targets` as it is.")
+    shapes = {net.prepended} if name == "prompt" else {prefix().shape[2] for prefix in prefixes}
+    if len(shapes) > 1:
+        raise UserError("peft has one length of prefixes for all blocks.", "--to", "Train them alike.")
+    count = shapes.pop()
+    if net.shift != count and c.positions == "learned":
         what = "with learned positions, peft's tokens stand further right than these do."
-        raise UserError(what, "export", "Train with `shift: true`.")
-    kv_heads = c.kv_heads or c.heads
-    raw = {
-        "base_model_name_or_path": base, "task_type": "CAUSAL_LM" if c.head in ("", "lm") else None,
-        "num_virtual_tokens": count, "num_layers": c.layers, "num_transformer_submodules": 1, "inference_mode": True,
-    }  # fmt: skip
-    if net.prepended:
-        raw |= {"peft_type": "PROMPT_TUNING", "token_dim": c.width, "num_attention_heads": c.heads}
-        return raw, {NAME: net.prompts().detach().clone()}
-    raw |= {"peft_type": "PREFIX_TUNING", "token_dim": kv_heads * c.head_dim, "num_attention_heads": kv_heads}
-    raw |= {"prefix_projection": False, "encoder_hidden_size": c.width}
-    turn = count if c.positions == "rotary" and net.shift != count else 0
-    layers = [_turned(prefix().detach(), c, turn) for prefix in prefixes]
-    return raw, {NAME: torch.cat([layer.permute(2, 0, 1, 3).flatten(1) for layer in layers], 1)}
-
-
-def settings(raw: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """`{technique: settings}` with which a recipe takes such an adapter.
-
-    Raises:
-        UserError: if it is of another kind.
-    """
-    name = KINDS.get(str(raw.get("peft_type")))
-    if name is None or raw.get("num_transformer_submodules") not in (None, 1):
-        what = f"adapters of type `{raw.get('peft_type')}` are no prompts of a single Transformer."
-        raise UserError(what, "adapter_config.json", f"Known: {', '.join(KINDS)}.")
-    return {
-        name: {"length": int(raw["num_virtual_tokens"]), "shift": True}
-        | ({"start": "random"} if name == "prompt" else {})
-    }
-
-
-def from_peft(raw: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Their tensors under our names, for a model that `settings` was applied to.
-
-    Raises:
-        UserError: if they do not fit it.
-    """
-    net: Any = model
-    name = next(iter(settings(raw)))
-    rows = tensors[NAME]
+        raise UserError(what, "--to", "Train with `shift: true`.")
+    raw = {"num_virtual_tokens": count, "num_layers": c.layers, "num_transformer_submodules": 1}
     if name == "prompt":
-        found = {"prompts.weight": rows}
-    else:
-        c = net.config
-        parts = rows.chunk(c.layers, 1)
-        shape = (len(rows), 2, c.kv_heads or c.heads, c.head_dim)
-        wanted = c.layers * math.prod(shape[1:])
-        if rows.shape[1] != wanted:
-            what = f"{NAME} has {rows.shape[1]} columns, and the model's keys and values {wanted}."
-            raise UserError(what, "adapter_model.safetensors")
-        found = {
-            f"blocks.{i}.attention.prefix.weight": part.view(shape).permute(1, 2, 0, 3) for i, part in enumerate(parts)
-        }
-    own = dict(model.named_parameters())
-    wrong = [n for n, t in found.items() if n not in own or own[n].shape != t.shape]
-    if wrong:
-        raise UserError(f"{', '.join(wrong[:3])} do not fit the model.", "adapter_model.safetensors")
-    return found
+        return raw | {"token_dim": c.width, "num_attention_heads": c.heads}, {VECTORS: net.prompts().detach()}
+    heads = c.kv_heads or c.heads
+    raw |= {"token_dim": heads * c.head_dim, "num_attention_heads": heads, "prefix_projection": False}
+    layers = [_turned(prefix().detach(), c, count - net.shift) for prefix in prefixes]
+    return raw, {VECTORS: torch.cat([layer.permute(2, 0, 1, 3).flatten(1) for layer in layers], 1)}
+
+
+def read(
+    raw: Mapping[str, Any],
+    held: dict[str, Tensor],
+    techniques: Sequence[Any],
+    base: Mapping[str, Tensor],
+    names: Names,
+) -> dict[str, Tensor]:
+    """Our tensors of what is held.
+
+    Raises:
+        UserError: if the recipe's settings are others than the folder's, with what to write; or they do not fit it.
+    """
+    name, c = techniques[0].name, names.config
+    _same_there(name, c, "--from")
+    if VECTORS not in held or raw.get("num_transformer_submodules") not in (None, 1):
+        raise UserError(f"holds no `{VECTORS}` of a single Transformer.", "adapter_model.safetensors")
+    rows = held.pop(VECTORS)
+    heads = c.kv_heads or c.heads
+    columns = c.width if name == "prompt" else c.layers * 2 * heads * c.head_dim
+    if rows.shape[1] != columns:
+        what = f"`{VECTORS}` has {rows.shape[1]} columns, and the model needs {columns}."
+        raise UserError(what, "adapter_model.safetensors", "Use the weights that they were trained on.")
+    _check(techniques, len(rows), c)
+    if name == "prompt":
+        return {"prompts.weight": rows}
+    layers = rows.view(len(rows), c.layers, 2, heads, c.head_dim).permute(1, 2, 3, 0, 4)
+    return {f"blocks.{i}.attention.prefix.weight": layer for i, layer in enumerate(layers)}
+
+
+def _same_there(name: str, c: Any, where: str) -> None:
+    """Refuse models for which peft computes something else, or nothing."""
+    if not isinstance(c, TransformerConfig) or c.head not in HEADS[name]:
+        heads = " or ".join(f"`{head}`" for head in HEADS[name] if head)
+        what = f"peft's kind of `{name}` computes the same only with a `transformer` whose head is {heads}."
+        raise UserError(what, where, "Use `lora` or `ia3`.")
+
+
+def _check(techniques: Sequence[Any], length: int, c: Any) -> None:
+    """Compare the recipe's settings with the folder's."""
+    first = techniques[0]
+    layers = [f"blocks.{i}.attention" for i in range(c.layers)]
+    whole = first.name == "prompt" or matching(first.targets, layers, "attention") == layers
+    if len(techniques) > 1 or not whole or (first.length, first.shift, first.encoder) != (length, True, "none"):
+        raise UserError("the folder's vectors are of other settings than the recipe's.", f"techniques.{first.name}",
+                        f"Write `{first.name}: {{length: {length}, shift: true}}`.")  # fmt: skip
 
 
 def _turned(pair: Tensor, c: Any, places: int) -> Tensor:
-    """Keys and values [2, K, P, D], the keys rotated by some places."""
-    if not places:
+    """Keys and values [2, K, P, D], the keys rotated by some places where positions are rotary."""
+    if not places or c.positions != "rotary":
         return pair
     cos, sin = rotary(torch.full((pair.shape[2],), places, device=pair.device), c, pair.dtype)
     return torch.stack([rotate(pair[0], cos, sin), pair[1]])

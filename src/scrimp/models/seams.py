@@ -121,13 +121,16 @@ def matching(pattern: str, names: list[str], what: str, where: str = "") -> list
     Raises:
         UserError: if it matches none, with the nearest names. A technique that hits nothing is a mistake.
     """
-    alternatives = [part.strip() for part in pattern.split("|")]
-    found = [
-        n for n in names if any(fnmatch.fnmatchcase(n, p) or fnmatch.fnmatchcase(n, f"*.{p}") for p in alternatives)
-    ]
+    found = [name for name in names if matches(pattern, name)]
     if not found:
-        raise UserError(f"`{pattern}` matches no {what}.", where, _nearest_names(alternatives[0], names))
+        raise UserError(f"`{pattern}` matches no {what}.", where, _nearest_names(pattern.split("|")[0].strip(), names))
     return found
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern, read as in `matching`, matches one name."""
+    parts = [part.strip() for part in pattern.split("|")]
+    return any(fnmatch.fnmatchcase(name, part) or fnmatch.fnmatchcase(name, f"*.{part}") for part in parts)
 
 
 def _nearest_names(word: str, names: list[str]) -> str:

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.draws import generator
 from scrimp.errors import UserError
-from scrimp.models.seams import linears, matching
+from scrimp.models.seams import linears, matches
 from scrimp.numerics import nf4
 from scrimp.technique import Card, Technique
 
@@ -77,7 +77,7 @@ class QuantizedBase(Technique):
                 what = f"`{name}` has {layer.weight.shape[1]} inputs, and two weights share a byte."
                 raise UserError(what, where, "Leave it out.")
             for other, pattern in trains:
-                if _hits(pattern, f"{name}.weight"):
+                if matches(pattern, f"{name}.weight"):
                     raise UserError(f"`{other}` trains the weight of `{name}`.", where, "Leave it out, or drop one.")
             given = None if layer.weight.is_meta else layer.weight.detach()
             layer.nf4 = Packed(layer.weight, self.double)
@@ -182,10 +182,3 @@ def _product(packed: Packed, x: Tensor, codes: Tensor, bias: Tensor | None) -> T
 
 def _frozen(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
     return nn.Parameter(like.new_zeros(shape, dtype=torch.uint8), requires_grad=False)
-
-
-def _hits(pattern: str, name: str) -> bool:
-    try:
-        return bool(matching(pattern, [name], "parameter"))
-    except UserError:
-        return False

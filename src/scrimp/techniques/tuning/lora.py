@@ -44,7 +44,7 @@ class LoRA(Technique):
         costs="two thin products a layer",
         scope="targets",
         trains=("*.lora.*",),
-        phase={"model": "seams", "export": "merged"},
+        phase={"model": "seams", "init": "measured", "carry": "measured", "export": "merged"},
         example={"rank": 2, "targets": "attention.qkv|mlp.up"},
         remedies=({"rank": 8},),
     )
