@@ -73,9 +73,8 @@ class Ladder(Technique):
         width, thin = c.width // self.reduction, max(1, c.heads // self.reduction)
         if not width:
             raise UserError(f"a width of {c.width} cannot be {self.reduction} times thinner.", run.where(self))
-        trunk = replace(
-            c, width=width, heads=thin, kv_heads=0, head_width=c.head_dim, hidden=c.hidden // self.reduction
-        )
+        trunk = replace(c, width=width, embed_width=0, heads=thin, kv_heads=0, head_width=c.head_dim,
+                        hidden=c.hidden // self.reduction)  # fmt: skip
         kind = type(net.blocks[0])
         rungs = [
             Rung(c.width, kind(trunk, FIRST + i, c.causal), width, self.temperature) for i in range(len(net.blocks))
