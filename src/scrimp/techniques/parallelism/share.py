@@ -5,7 +5,8 @@
     gradient of w[g] = the sum of those of all blocks that use it
 
 Paper: Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", ICLR 2020, arXiv
-1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is not here.
+1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, a table of tokens that is a product of two
+small matrices, is an option of the model: `model.embed_width`.
 
 Saves: parameters, gradients and optimizer states of all but `distinct` of the L blocks, and as much to send between
 devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for:
