@@ -80,7 +80,8 @@ class Ladder(Technique):
             Rung(c.width, kind(trunk, FIRST + i, c.causal), width, self.temperature) for i in range(len(net.blocks))
         ]
         norm = type(net.blocks[0].attention_norm)(width, c.norm, c.norm_eps, c.bias)
-        net.side = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
+        side = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
+        net.side = side.to(device=net.embed.weight.device, dtype=net.embed.weight.dtype)
         return model
 
 

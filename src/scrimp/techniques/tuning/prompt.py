@@ -74,6 +74,8 @@ class Prompt(Technique):
         at_least(0, self, "hidden", "std")
         if (self.start == "text") != bool(self.text):
             raise UserError("`start: text` and a `text` belong together.", "text", "Give both or neither.")
+        if self.hidden and self.encoder == "none":
+            raise UserError("`hidden` is of the encoder, and there is none.", "hidden", "Set `encoder: mlp`.")
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Put the vectors before the tokens."""
@@ -94,7 +96,7 @@ class Prompt(Technique):
         if self.start != "random":
             net = self._reader(model, run)
             with torch.no_grad():
-                net.prompts.weight.copy_(net.embed_project(self._rows(net.embed.weight, run)))
+                net.prompts.weight.copy_(net.embed_scale(net.embed_project(self._rows(net.embed.weight, run))))
         return model
 
     def carry(self, state: State, run: Run) -> State:
@@ -105,7 +107,8 @@ class Prompt(Technique):
         if self.start == "random" or table in given or f"{reader}embed.weight" not in given:
             return state
         rows, project = self._rows(given[f"{reader}embed.weight"], run), given.get(f"{reader}embed_project.weight")
-        return {**state, "model": {**given, table: rows if project is None else F.linear(rows, project)}}
+        rows = rows if project is None else F.linear(rows, project)
+        return {**state, "model": {**given, table: self._reader(run.model, run).embed_scale(rows)}}
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """The vectors that the encoder gives, without it."""
