@@ -80,8 +80,12 @@ class Ladder(Technique):
             Rung(c.width, kind(trunk, FIRST + i, c.causal), width, self.temperature) for i in range(len(net.blocks))
         ]
         norm = type(net.blocks[0].attention_norm)(width, c.norm, c.norm_eps, c.bias)
-        side = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
-        net.side = side.to(device=net.embed.weight.device, dtype=net.embed.weight.dtype)
+        side: Any = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
+        like, own = net.embed.weight, side.down.weight
+        if (own.device, own.dtype) != (like.device, like.dtype):
+            # A model in somebody's own loop has its device and type already.
+            side.to(like.device, like.dtype)
+        net.side = side
         return model
 
 
