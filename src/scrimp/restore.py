@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from scrimp.recipe import Recipe
     from scrimp.technique import State
 
-PLAIN: Final = re.compile(r"(head|pooler|head_transform\.\w+)\.(weight|bias)")
+PLAIN: Final = re.compile(r"(head|pooler|head_project|head_transform\.\w+)\.(weight|bias)")
 """Names of the parameters of heads before any technique adds to them."""
 
 

@@ -18,7 +18,7 @@ from scrimp.errors import UserError, did_you_mean
 from scrimp.models.seams import matching
 from scrimp.technique import Technique
 
-HEADS: Final = ("head.", "head_transform.", "pooler.")
+HEADS: Final = ("head.", "head_transform.", "head_project.", "pooler.")
 """Prefixes of the parameters of heads."""
 
 

@@ -8,10 +8,13 @@ import torch
 
 from scrimp.meter import LiveBytes
 from scrimp.models.generate import generate
+from scrimp.models.transformer import TransformerConfig
+from scrimp.run import apply
 from scrimp.techniques.tuning.ladder import Ladder
+from scrimp.weights import initialize
 from tiny import recipe, run_of, step
 
-SMALL = {"layers": 3, "width": 16, "heads": 4, "positions": "rotary"}
+SMALL: dict[str, Any] = {"layers": 3, "width": 16, "heads": 4, "positions": "rotary"}
 
 
 def made(*techniques: Any, **model: Any) -> Any:
@@ -31,6 +34,14 @@ def test_it_begins_as_the_model_bit_by_bit() -> None:
     plain, run = made(), made(Ladder(reduction=2))
     tokens = run.batch(0)["tokens"]
     assert torch.equal(plain.model.eval()(tokens), run.model.eval()(tokens))
+
+
+def test_a_model_of_ones_own_loop_keeps_its_type() -> None:
+    model = TransformerConfig(**SMALL, vocab=32, context=8).build().double()
+    initialize(model, 0)
+    tokens = torch.arange(8)[None]
+    before = model(tokens)
+    assert torch.equal(apply(model, [Ladder(reduction=2)])(tokens), before)
 
 
 def test_the_equation() -> None:

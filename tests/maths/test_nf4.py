@@ -16,6 +16,7 @@ from scrimp.run import exported
 from scrimp.techniques.precision.quantized_base import QuantizedBase
 from scrimp.techniques.tuning.lora import LoRA
 from tiny import example, recipe, run_of, step
+from tiny_tasks import TINY, Memory
 
 SMALL = {"layers": 2, "width": 32, "heads": 2}
 
@@ -132,5 +133,10 @@ def test_weights_of_a_checkpoint_are_packed_and_memory_is_as_computed() -> None:
 def test_weights_that_are_trained_or_shared_are_refused() -> None:
     with pytest.raises(UserError, match="is shared with another layer"):
         run_of(recipe(QuantizedBase(targets="head"), example("lora")))
+    classifier: Any = {"model": TINY["classify"].model, "data": Memory("classify"), "task": "classify"}
+    with pytest.raises(UserError, match="the task trains the weight of `head`"):
+        run_of(recipe(QuantizedBase(targets="head|mlp.up"), example("lora"), **classifier))
+    with pytest.raises(UserError, match="no layer of the model's own"):
+        run_of(recipe(example("prompt", encoder="mlp"), QuantizedBase(targets="prompts.*"), model=SMALL))
     with pytest.raises(UserError, match="does not go with"):
         run_of(recipe(QuantizedBase(), example("rigl")))

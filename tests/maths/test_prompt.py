@@ -131,6 +131,16 @@ def test_the_encoder_is_dropped_and_what_it_gave_stays(technique: Any) -> None:
     torch.testing.assert_close(run.model.eval()(tokens), free.model.eval()(tokens), rtol=0, atol=1e-12)
 
 
+def test_two_prefixes_are_exported_side_by_side() -> None:
+    made = (Prefix(length=2, encoder="mlp", hidden=4, targets="blocks.0.attention"),
+            Prefix(length=3, targets="blocks.1.attention"))  # fmt: skip
+    run = run_of(recipe(*made, model=SMALL, dtype="float64"))
+    plain = exported(run)
+    shapes = [plain[f"blocks.{i}.attention.prefix.weight"].shape for i in range(2)]
+    assert shapes == [(2, 2, 2, 8), (2, 2, 3, 8)]
+    assert len(plain) == len(run.base) + 2
+
+
 def test_first_values() -> None:
     run: Any = run_of(recipe(Prompt(length=5), model=SMALL))
     rows = run.model.embed.weight
@@ -152,6 +162,8 @@ def test_what_does_not_fit_is_refused() -> None:
         run_of(recipe(Prefix(length=9, shift=True), model=LEARNED))
     with pytest.raises(UserError, match="belong together"):
         Prompt(text="ab")
+    with pytest.raises(UserError, match="of the encoder, and there is none"):
+        Prompt(hidden=8)
     run = tuned(Prompt(length=3, shift=True), {**SMALL, "context": 19})
     with pytest.raises(ValueError, match="context of 16"):
         run.model(torch.zeros(1, 17, dtype=torch.int64))

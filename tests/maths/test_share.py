@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from scrimp.errors import UserError
 from scrimp.meter import flops_per_token
-from scrimp.run import exported
+from scrimp.run import apply, exported
 from scrimp.techniques.parallelism.share import Share
 from tiny import example, recipe, run_of, step
 
@@ -61,6 +62,12 @@ def test_an_export_comes_back_and_blocks_that_differ_are_told() -> None:
     assert all(torch.equal(p, run.model.get_parameter(n)) for n, p in again.model.named_parameters())
     other = made(Share(distinct=1), source={"model": plain})
     assert any("the given blocks differ" in remark for remark in other.remarks)
+
+
+def test_blocks_that_are_not_alike_are_refused() -> None:
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+    with pytest.raises(UserError, match="`2` has other parameters than `0`"):
+        apply(layers, [Share(distinct=1)])
 
 
 def test_nothing_to_share_is_refused() -> None:

@@ -51,7 +51,7 @@ def test_plans_the_live_bytes_of_the_whole_run(name: str, tmp_path: Path, monkey
 @pytest.mark.parametrize("changes", [
     {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False},
     {"heads": 4, "kv_heads": 2, "positions": "rotary", "qk_norm": True},
-    {"tied": False}, {"norm_at": "post"}, {"dropout": 0.0}, {"activation": "gelu_tanh"},
+    {"tied": False}, {"embed_width": 8}, {"norm_at": "post"}, {"dropout": 0.0}, {"activation": "gelu_tanh"},
 ])  # fmt: skip
 def test_plans_every_kind_of_model(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(example("adamw"), model=MODEL | changes, out=str(tmp_path))

@@ -38,7 +38,7 @@ KNOWN_HEADS: Final = ("cls.", "lm_head.", "classifier.", "qa_outputs.", "pooler.
 """Prefixes of the tensors that belong to some head, and are left out when it is not the one asked for."""
 WANTS: Final = {
     "norm": "layernorm", "positions": "learned", "norm_at": "post", "causal": False, "bias": True, "qk_norm": False,
-    "embed_norm": True,
+    "embed_norm": True, "embed_width": 0,
 }  # fmt: skip
 INNER: Final = {
     "attention.output.dense": "attention.proj", "attention.output.LayerNorm": "attention_norm",

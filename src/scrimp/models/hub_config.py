@@ -33,9 +33,11 @@ GPT2_ACTIVATIONS: Final = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_t
 # Options without which a family cannot hold a model.
 GPT2_WANTS: Final = {
     "norm": "layernorm", "positions": "learned", "norm_at": "pre", "causal": True, "bias": True, "qk_norm": False,
+    "embed_width": 0,
 }  # fmt: skip
 LLAMA_WANTS: Final = {
     "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "norm_at": "pre", "causal": True, "bias": False,
+    "embed_width": 0,
 }  # fmt: skip
 
 

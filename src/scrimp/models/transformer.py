@@ -1,6 +1,12 @@
 """The Transformer for tokens: a decoder such as GPT and Llama, or an encoder such as BERT, as its options say.
 
-Legend of shapes: B batch, T tokens, C width, H heads, D head width, V vocabulary, N classes, L blocks.
+With `embed_width: E` the table of tokens is factorized, as in ALBERT (Lan et al., arXiv 1909.11942):
+
+    x = table[token] A^T                    table [V, E], A [C, E]: V E + E C weights instead of V C
+    logits = (y B^T) table^T                B [E, C]: a tied head uses the same table
+    logits = norm(act(y B^T + b)) table^T   the head of hidden tokens, whose transform ends at E
+
+Legend of shapes: B batch, T tokens, C width, E embed width, H heads, D head width, V vocabulary, N classes, L blocks.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ from scrimp.errors import UserError
 from scrimp.models.config import Trunk
 from scrimp.models.dropout import Dropout
 from scrimp.models.layers import Block, Embedding, Norm, activated, rotary
+from scrimp.models.masks import added, beside, firsts, seen
 from scrimp.models.presets import expand
 from scrimp.models.seams import CrossEntropy, Linear
 
@@ -29,6 +36,9 @@ class TransformerConfig(Trunk):
     expand: ClassVar[object] = staticmethod(expand)
     vocab: int = 0
     """Size of the vocabulary."""
+    embed_width: int = 0
+    """Width of the tables of tokens and of the head, less than `width`: a small matrix leads from one to the other. 0
+    means `width`, and no such matrix. Positions and segments keep the full width."""
     context: int = 0
     """Longest sequence, in tokens."""
     positions: Literal["learned", "rotary", "none"] = "learned"
@@ -59,11 +69,22 @@ class TransformerConfig(Trunk):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab", "context", "position_offset", "segments", "classes"):
+        for name in ("vocab", "embed_width", "context", "position_offset", "segments", "classes"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if self.embed_width >= self.width:
+            what = f"embed_width {self.embed_width} is not less than width {self.width}."
+            raise UserError(what, "", "Lower it, or leave it at 0 for a table as wide as the model.")
+        if self.embed_width and self.source:
+            what = f"the embedding in `{self.source}` is one table, not the two matrices of an embed_width."
+            raise UserError(what, "", "Leave it at 0, or train from scratch.")
         if self.positions == "rotary" and self.head_dim % 2:
             raise UserError(f"rotary positions need an even head width, not {self.head_dim}.")
+
+    @property
+    def table_width(self) -> int:
+        """Width of the table of tokens, E."""
+        return self.embed_width or self.width
 
     @property
     def pooled(self) -> bool:
@@ -81,13 +102,13 @@ class TransformerConfig(Trunk):
 
 
 class Transform(nn.Module):
-    """What BERT does to the states before the head: linear, activation, norm. Shapes: [..., C] -> [..., C]."""
+    """What BERT does to the states before the head: linear, activation, norm. Shapes: [..., C] -> [..., E]."""
 
     def __init__(self, c: TransformerConfig) -> None:
         super().__init__()
         self.activation = c.activation
-        self.dense = Linear(c.width, c.width, c.bias, c.init_std)
-        self.norm = Norm(c.width, c.norm, c.norm_eps, c.bias)
+        self.dense = Linear(c.width, c.table_width, c.bias, c.init_std)
+        self.norm = Norm(c.table_width, c.norm, c.norm_eps, c.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(activated(self.dense(x), self.activation))
@@ -97,6 +118,8 @@ class Transformer(nn.Module):
     """Embeddings, blocks, head.
 
     Attributes:
+        embed_project: E -> C behind a factorized table; at first it keeps the variance, so that states begin as large.
+        head_project: C -> E before a language model's head, where the table is factorized.
         prompts: a seam: () -> vectors [prepended, C] that go before the embedded tokens, and are cut off again before
             the last norm.
         prepended: how many they are.
@@ -108,7 +131,10 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.embed = Embedding(c.vocab, c.width, c.init_std)
+        self.embed = Embedding(c.vocab, c.table_width, c.init_std)
+        self.embed_project: nn.Module = nn.Identity()
+        if c.embed_width:
+            self.embed_project = Linear(c.embed_width, c.width, bias=False, std=c.embed_width**-0.5)
         self.embed_scale: nn.Module = nn.Identity()
         rows = c.context + c.position_offset
         self.positions = Embedding(rows, c.width, c.init_std) if c.positions == "learned" else None
@@ -126,7 +152,9 @@ class Transformer(nn.Module):
         if c.head in ("", "lm", "mlm"):
             if c.head == "mlm":
                 self.head_transform = Transform(c)
-            self.head = Linear(c.width, c.vocab, bias=c.head == "mlm", std=c.init_std)
+            elif c.embed_width:
+                self.head_project = Linear(c.width, c.embed_width, bias=False, std=c.width**-0.5)
+            self.head = Linear(c.table_width, c.vocab, bias=c.head == "mlm", std=c.init_std)
             if c.tied:
                 self.head.weight = self.embed.weight
             self.head_loss: nn.Module = CrossEntropy()
@@ -169,6 +197,8 @@ class Transformer(nn.Module):
         if self.config.head == "mlm":
             x, targets = counted(x, targets)
             x = self.head_transform(x)
+        elif self.config.embed_width:
+            x = self.head_project(x)
         return self.head(x) if targets is None else self.head_loss(x, self.head, targets, smoothing)
 
     def states(
@@ -187,7 +217,7 @@ class Transformer(nn.Module):
         place = torch.arange(self.shift + past, self.shift + past + tokens.shape[1], device=tokens.device)
         if documents is not None:
             place = place - firsts(documents)
-        x = self.embed_scale(self.embed(tokens))
+        x = self.embed_scale(self.embed_project(self.embed(tokens)))
         if self.positions is not None:
             x = x + self.positions(place + self.config.position_offset)
         if self.segments is not None:
@@ -263,53 +293,3 @@ def counted(x: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return x, targets
     rows = (targets.flatten() != -100).nonzero().squeeze(1)
     return x.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)
-
-
-def firsts(documents: Tensor) -> Tensor:
-    """Where each token's document begins: [B, T] -> [B, T]."""
-    tokens = documents.shape[1]
-    place = torch.arange(tokens, device=documents.device).expand_as(documents)
-    new = torch.ones_like(documents, dtype=torch.bool)
-    new[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return torch.where(new, place, 0).cummax(1).values
-
-
-def seen(tokens: Tensor, causal: bool, attended: Tensor | None, documents: Tensor | None) -> Tensor | None:
-    """Which tokens see which, [B, 1, T, T] or [B, 1, 1, T]; None where the attention knows by itself."""
-    if attended is None and documents is None:
-        return None
-    mask = None if attended is None else attended[:, None, None, :]
-    if documents is not None:
-        same = documents[:, None, :, None] == documents[:, None, None, :]
-        mask = same if mask is None else mask & same
-    assert mask is not None
-    if causal:
-        before = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
-        mask = mask & before
-    return mask
-
-
-def beside(mask: Tensor, count: int, causal: bool) -> Tensor:
-    """A boolean mask [B, 1, T, T] or [B, 1, 1, T] with `count` prompts before the tokens.
-
-    Every token sees the prompts; of several documents, so does every one, and the prompts see themselves only.
-    """
-    rows = mask.shape[2]
-    mask = torch.cat([mask.new_ones(len(mask), 1, rows, count), mask], 3)
-    if rows == 1:
-        return mask
-    above = mask.new_ones(count, count)
-    above = torch.cat([above.tril() if causal else above, mask.new_zeros(count, rows)], 1)
-    return torch.cat([above.expand(len(mask), 1, -1, -1), mask], 2)
-
-
-def added(mask: Tensor, x: Tensor) -> Tensor:
-    """A boolean mask as what is added to the scores, in the type in which attention computes: 0 or minus infinity.
-
-    torch's kernels make that of a boolean one, and every block would keep its own for the backward pass. Each token
-    must see at least one.
-    """
-    kind = x.device.type
-    half = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(kind) if half else x.dtype
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))

@@ -9,10 +9,10 @@ not, hence this technique adds the factor. Paper: Huang et al., "Improving Trans
 Initialization", ICML 2020, PMLR 119.
 
 Saves: layer norms (their time and activations) and warm-up. Costs: an architecture without norms, which no other
-library loads. Not for: fine-tuning, growth of depth (N is fixed at the start), mixed precision without care. The 9
-counts three branches of a decoder block, cross-attention among them; for a decoder-only model it lies outside the
-derivation, and `constants: encoder` is the alternative. A tied head gets the embedding's scale, as in the paper's
-code.
+library loads. Not for: fine-tuning, growth of depth (N is fixed at the start), factorized embeddings (`embed_width`),
+for which nothing is derived; mixed precision without care. The 9 counts three branches of a decoder block,
+cross-attention among them; for a decoder-only model it lies outside the derivation, and `constants: encoder` is the
+alternative. A tied head gets the embedding's scale, as in the paper's code.
 
 Of two stacks each has its own N; an embedding that both read is scaled once, by the deeper one. Patches are an input
 embedding too: they are drawn by their number of values, so that they need no factor sqrt(d), and so are class and
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
+from scrimp.errors import UserError
 from scrimp.normless import Stack, fill, refuse_norms, stacks, take_out_norms
 from scrimp.technique import Card, Technique
 
@@ -62,6 +63,9 @@ class TFixup(Technique):
         take_out_norms(model, run.where(self))
         for module in list(model.modules()):
             if isinstance(getattr(module, "embed_scale", None), nn.Module):
+                if getattr(module.config, "embed_width", 0):
+                    what = "the scale of the first embedding is derived for one table, not for a product of two."
+                    raise UserError(what, run.where(self), "Leave `model.embed_width` at 0, or take fixup or rezero.")
                 module.embed_scale = Times(math.sqrt(module.config.width))  # type: ignore[union-attr]
         return model
 

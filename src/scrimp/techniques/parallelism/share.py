@@ -5,7 +5,8 @@
     gradient of w[g] = the sum of those of all blocks that use it
 
 Paper: Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", ICLR 2020, arXiv
-1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, the factorized embedding, is not here.
+1909.11942, whose blocks share all weights (`distinct: 1`). Its other half, a table of tokens that is a product of two
+small matrices, is an option of the model: `model.embed_width`.
 
 Saves: parameters, gradients and optimizer states of all but `distinct` of the L blocks, and as much to send between
 devices. Costs: quality at the same depth and width; activations and computation stay what they were. Not for:
@@ -65,10 +66,13 @@ class Share(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Let blocks hold the tensors of the first one of their group."""
         for name, first in self._firsts(model, run).items():
-            own, theirs = model.get_submodule(name), dict(model.get_submodule(first).named_parameters())
-            for path in [path for path, _ in own.named_parameters()]:
+            own, theirs = (_parameters(model.get_submodule(path)) for path in (name, first))
+            if {path: p.shape for path, p in own.items()} != {path: p.shape for path, p in theirs.items()}:
+                what = f"`{name}` has other parameters than `{first}`, or of other shapes, and cannot share them."
+                raise UserError(what, run.where(self), "Use a model whose blocks are alike.")
+            for path, p in theirs.items():
                 parent, _, leaf = path.rpartition(".")
-                own.get_submodule(parent).register_parameter(leaf, theirs[path])
+                model.get_submodule(f"{name}.{parent}".rstrip(".")).register_parameter(leaf, p)
         return model
 
     def carry(self, state: State, run: Run) -> State:
@@ -113,3 +117,8 @@ class Share(Technique):
                 if first != name:
                     found[name] = first
         return found
+
+
+def _parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """A block's parameters by all of their names."""
+    return dict(block.named_parameters(remove_duplicate=False))

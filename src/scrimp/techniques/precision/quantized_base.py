@@ -16,6 +16,7 @@ Export gives the weights as the run used them, unpacked, with what others merge 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,21 +65,8 @@ class QuantizedBase(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Give each matching layer a packed weight under the same name."""
-        counts: dict[int, int] = {}
-        for _, p in model.named_parameters(remove_duplicate=False):
-            counts[id(p)] = counts.get(id(p), 0) + 1
-        trains = [(t.name, pattern) for t in run.order.techniques for pattern in t.trained]
-        where = run.where(self, "targets")
-        for name, layer in linears(model, self.targets, where).items():
-            if counts[id(layer.weight)] > 1:
-                raise UserError(f"the weight of `{name}` is shared with another layer.", where, "Leave it out.")
-        for name, layer in self._layers(model, run).items():
-            if layer.weight.shape[1] % 2:
-                what = f"`{name}` has {layer.weight.shape[1]} inputs, and two weights share a byte."
-                raise UserError(what, where, "Leave it out.")
-            for other, pattern in trains:
-                if matches(pattern, f"{name}.weight"):
-                    raise UserError(f"`{other}` trains the weight of `{name}`.", where, "Leave it out, or drop one.")
+        self._check(model, run)
+        for layer in self._layers(model, run).values():
             given = None if layer.weight.is_meta else layer.weight.detach()
             layer.nf4 = Packed(layer.weight, self.double)
             layer.weight = layer.nf4.codes_of(layer.weight)
@@ -119,6 +107,31 @@ class QuantizedBase(Technique):
             plain[f"{name}.weight"] = layer.nf4(plain[f"{name}.weight"])
             del plain[f"{name}.nf4.scales"], plain[f"{name}.nf4.factors"]
         return plain
+
+    def _check(self, model: nn.Module, run: Run) -> None:
+        """Whether the matching layers can be packed.
+
+        Raises:
+            UserError: naming one whose weight is shared or trained, or has an odd number of inputs; if there is none.
+        """
+        where = run.where(self, "targets")
+        counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        for name, layer in linears(model, self.targets, where).items():
+            if counts[id(layer.weight)] > 1:
+                raise UserError(f"the weight of `{name}` is shared with another layer.", where, "Leave it out.")
+        # What a task trains, such as a new head, only matters where tuning methods freeze the rest.
+        tuned = [(f"`{t.name}`", pattern) for t in run.order.techniques for pattern in t.trained]
+        task = [("the task", pattern) for pattern in getattr(run.task, "trains", ())] if tuned else []
+        layers = self._layers(model, run)
+        if not layers:
+            raise UserError(f"`{self.targets}` matches no layer of the model's own.", where, "Name some that it has.")
+        for name, layer in layers.items():
+            if layer.weight.shape[1] % 2:
+                what = f"`{name}` has {layer.weight.shape[1]} inputs, and two weights share a byte."
+                raise UserError(what, where, "Leave it out.")
+            for other, pattern in [*tuned, *task]:
+                if _hits(pattern, f"{name}.weight"):
+                    raise UserError(f"{other} trains the weight of `{name}`.", where, "Leave it out, or drop one.")
 
     def _layers(self, model: nn.Module, run: Run) -> dict[str, Any]:
         """The matching layers of the original architecture; none that another technique added."""

@@ -73,15 +73,19 @@ class Ladder(Technique):
         width, thin = c.width // self.reduction, max(1, c.heads // self.reduction)
         if not width:
             raise UserError(f"a width of {c.width} cannot be {self.reduction} times thinner.", run.where(self))
-        trunk = replace(
-            c, width=width, heads=thin, kv_heads=0, head_width=c.head_dim, hidden=c.hidden // self.reduction
-        )
+        trunk = replace(c, width=width, embed_width=0, heads=thin, kv_heads=0, head_width=c.head_dim,
+                        hidden=c.hidden // self.reduction)  # fmt: skip
         kind = type(net.blocks[0])
         rungs = [
             Rung(c.width, kind(trunk, FIRST + i, c.causal), width, self.temperature) for i in range(len(net.blocks))
         ]
         norm = type(net.blocks[0].attention_norm)(width, c.norm, c.norm_eps, c.bias)
-        net.side = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
+        side: Any = Side(Linear(c.width, width, std=c.width**-0.5), rungs, norm, Up(width, c.width))
+        like, own = net.embed.weight, side.down.weight
+        if (own.device, own.dtype) != (like.device, like.dtype):
+            # A model in somebody's own loop has its device and type already.
+            side.to(like.device, like.dtype)
+        net.side = side
         return model
 
 

@@ -93,11 +93,11 @@ class Prefix(Technique):
         """The keys and values that the encoder gives, without it."""
         if self.encoder == "none":
             return named
-        plain = {n: t for n, t in named.items() if ".prefix." not in n and not n.startswith(f"{ROOT}.")}
+        own = self._attentions(run.model, run)
+        dropped = (f"{ROOT}.", *(f"{name}.prefix." for name in own))
+        plain = {n: t for n, t in named.items() if not n.startswith(dropped)}
         with torch.no_grad():
-            for name, attention in self._attentions(run.model, run).items():
-                plain[f"{name}.prefix.weight"] = attention.prefix().detach()
-        return plain
+            return plain | {f"{name}.prefix.weight": a.prefix().detach() for name, a in own.items()}
 
     def _attentions(self, model: nn.Module, run: Run) -> dict[str, Any]:
         """Modules with the seam, by name.

@@ -1,6 +1,6 @@
 """Prompt tuning: trained vectors before the embedded tokens, the model itself frozen.
 
-    x = [P, E[tokens]]        P [length, C] trained; cut off again before the head
+    x = [P, embed(tokens)]    P [length, C] trained; cut off again before the head
     P = V                     encoder: none, prompt tuning
     P = MLP(V)                encoder: mlp, P-tuning: linear, ReLU, linear, ReLU, linear
 
@@ -74,6 +74,8 @@ class Prompt(Technique):
         at_least(0, self, "hidden", "std")
         if (self.start == "text") != bool(self.text):
             raise UserError("`start: text` and a `text` belong together.", "text", "Give both or neither.")
+        if self.hidden and self.encoder == "none":
+            raise UserError("`hidden` is of the encoder, and there is none.", "hidden", "Set `encoder: mlp`.")
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Put the vectors before the tokens."""
@@ -84,7 +86,7 @@ class Prompt(Technique):
             what = f"the learned positions have room for {max(room, 0)} prompts beside the data's tokens."
             fix = "Lower `data.context`, raise `model.context`, or set `shift: false`."
             raise UserError(what, run.where(self, "shift"), fix)
-        width = rows.shape[1]
+        width = net.config.width
         net.prompts = Prompts(rows.new_empty(self.length, width), self.std, self._encoder(width))
         net.prepended, net.shift = self.length, self.length if self.shift else 0
         return model
@@ -94,18 +96,19 @@ class Prompt(Technique):
         if self.start != "random":
             net = self._reader(model, run)
             with torch.no_grad():
-                net.prompts.weight.copy_(self._rows(net.embed.weight, run))
+                net.prompts.weight.copy_(net.embed_scale(net.embed_project(self._rows(net.embed.weight, run))))
         return model
 
     def carry(self, state: State, run: Run) -> State:
         """First values from the embedding that the run starts from, which has no prompts yet."""
         names = {n for n, _ in run.model.named_parameters()}
         table = next(n for n in names if n.endswith(TABLE))
-        rows = table.removesuffix(TABLE) + "embed.weight"
-        given = state.get("model", {})
-        if self.start == "random" or table in given or rows not in given:
+        reader, given = table.removesuffix(TABLE), state.get("model", {})
+        if self.start == "random" or table in given or f"{reader}embed.weight" not in given:
             return state
-        return {**state, "model": {**given, table: self._rows(given[rows], run)}}
+        rows, project = self._rows(given[f"{reader}embed.weight"], run), given.get(f"{reader}embed_project.weight")
+        rows = rows if project is None else F.linear(rows, project)
+        return {**state, "model": {**given, table: self._reader(run.model, run).embed_scale(rows)}}
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """The vectors that the encoder gives, without it."""
@@ -128,7 +131,7 @@ class Prompt(Technique):
         raise UserError(what, run.where(self), "Use a `transformer`, or `vpt` on models of images.")
 
     def _rows(self, embedding: Tensor, run: Run) -> Tensor:
-        """Rows [length, C] of an embedding [V, C]."""
+        """Rows [length, E] of an embedding [V, E]."""
         if self.start == "text":
             tokenizer = getattr(run.data, "tokenizer", None)
             said = tokenizer.encode(self.text) if tokenizer is not None else []
