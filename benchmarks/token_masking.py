@@ -10,10 +10,10 @@
     mass   fragments of 50 %: the decoder over all places, against over the fragment; the encoder is kept short, and
            the decoder's own forward and backward pass is timed by itself, too
 
-Arms take turns, so that another load on the machine hits both alike; numbers are medians over rounds, ratios medians of
-the rounds' ratios. Data are random: what is measured does not depend on them. FLOPs are those of the operators that ran
-(torch.utils.flop_counter, attention with its square part). Bytes are those on top of weights: of a step the peak of live
-storages, gradients included; of activations what lives when the forward pass is done.
+Arms take turns, so that another load on the machine hits both alike; numbers are medians over rounds, ratios medians
+of the rounds' ratios. Data are random: what is measured does not depend on them. FLOPs are those of the operators
+that ran (torch.utils.flop_counter, attention with its square part). Bytes are those on top of weights: of a step the
+peak of live storages, gradients included; of activations what lives when the forward pass is done.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ class QuantizedBase(Technique):
                 what = f"`{name}` has {layer.weight.shape[1]} inputs, and two weights share a byte."
                 raise UserError(what, where, "Leave it out.")
             for other, pattern in [*tuned, *task]:
-                if _hits(pattern, f"{name}.weight"):
+                if matches(pattern, f"{name}.weight"):
                     raise UserError(f"{other} trains the weight of `{name}`.", where, "Leave it out, or drop one.")
 
     def _layers(self, model: nn.Module, run: Run) -> dict[str, Any]:
