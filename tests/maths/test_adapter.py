@@ -55,7 +55,7 @@ def test_places_and_what_is_trained() -> None:
 def test_first_values() -> None:
     plain = outputs(made())
     assert torch.equal(outputs(made(Adapter(placement="parallel", bottleneck=2))), plain)
-    assert torch.equal(outputs(made(Adapter(placement="houlsby", bottleneck=2, std=0.0))), plain)
+    assert torch.equal(outputs(made(Adapter(placement="houlsby", bottleneck=2, std=1e-30))), plain)
     near = made(Adapter(placement="houlsby", bottleneck=8))
     change = float((outputs(near) - plain).abs().max())
     assert 0 < change < 1e-2 * float(plain.abs().max())
@@ -94,3 +94,8 @@ def test_what_takes_no_adapter_is_refused() -> None:
         scrimp.apply(scrimp.apply(nn.Sequential(nn.Linear(2, 2)), [Adapter(targets="0")]), [Adapter(targets="0")])
     with pytest.raises(UserError, match="holds no linear layer"):
         made(Adapter(targets="attention_norm"))
+
+
+def test_zeros_in_both_matrices_are_refused() -> None:
+    with pytest.raises(UserError, match="std must be above 0"):
+        Adapter(std=0.0)
