@@ -12,7 +12,7 @@ from torch import nn
 import scrimp
 from scrimp.errors import UserError
 from scrimp.techniques.tuning.adapter import Adapter
-from tiny import step
+from tiny import example, recipe, run_of, step
 from tiny_tuning import kept_more, made, outputs, shaken
 
 
@@ -99,3 +99,12 @@ def test_what_takes_no_adapter_is_refused() -> None:
 def test_zeros_in_both_matrices_are_refused() -> None:
     with pytest.raises(UserError, match="std must be above 0"):
         Adapter(std=0.0)
+
+
+@pytest.mark.parametrize("name", ["adapter", "compacter"])
+def test_norms_that_are_not_there_are_told(name: str) -> None:
+    def remarks(*names: str) -> list[str]:
+        return [r for r in run_of(recipe(*map(example, names))).remarks if "trains no norms" in r]
+
+    assert not remarks(name)
+    assert len(remarks("fixup", name)) == 1

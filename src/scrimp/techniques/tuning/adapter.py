@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.branches import add_steps
+from scrimp.branches import add_steps, tell_of_norms
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
 
@@ -78,6 +78,8 @@ class Adapter(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """An adapter on each branch."""
+        if self.placement == "houlsby":
+            tell_of_norms(model, self.name, run)
         add_steps(model, self.targets or BRANCHES[self.placement], "adapter", self._made, run.where(self, "targets"))
         return model
 
