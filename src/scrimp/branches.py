@@ -6,12 +6,16 @@ y = branch(x)    ->    y = step(x, branch(x))
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.models.seams import Linear, matching, wrap_forward
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
 
 Make = Callable[[int, int, Tensor], nn.Module]
 """(inputs, outputs, a weight whose type and device are taken) -> the step."""
@@ -41,6 +45,12 @@ def add_steps(model: nn.Module, pattern: str, name: str, make: Make, where: str)
         module.add_module(name, step)
         wrap_forward(module, _followed_by(step))
     return found
+
+
+def tell_of_norms(model: nn.Module, name: str, run: Run) -> None:
+    """Say so where a technique would train norms, and the model has none of such a name."""
+    if not any(fnmatchcase(n, "*norm.*") for n, _ in model.named_parameters()):
+        run.remarks.append(f"{name} trains no norms: the model has none whose name ends in `norm`.")
 
 
 def _followed_by(step: nn.Module) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -12,7 +12,7 @@ from torch import nn
 import scrimp
 from scrimp.errors import UserError
 from scrimp.techniques.tuning.adapter import Adapter
-from tiny import step
+from tiny import example, recipe, run_of, step
 from tiny_tuning import kept_more, made, outputs, shaken
 
 
@@ -55,7 +55,7 @@ def test_places_and_what_is_trained() -> None:
 def test_first_values() -> None:
     plain = outputs(made())
     assert torch.equal(outputs(made(Adapter(placement="parallel", bottleneck=2))), plain)
-    assert torch.equal(outputs(made(Adapter(placement="houlsby", bottleneck=2, std=0.0))), plain)
+    assert torch.equal(outputs(made(Adapter(placement="houlsby", bottleneck=2, std=1e-30))), plain)
     near = made(Adapter(placement="houlsby", bottleneck=8))
     change = float((outputs(near) - plain).abs().max())
     assert 0 < change < 1e-2 * float(plain.abs().max())
@@ -94,3 +94,17 @@ def test_what_takes_no_adapter_is_refused() -> None:
         scrimp.apply(scrimp.apply(nn.Sequential(nn.Linear(2, 2)), [Adapter(targets="0")]), [Adapter(targets="0")])
     with pytest.raises(UserError, match="holds no linear layer"):
         made(Adapter(targets="attention_norm"))
+
+
+def test_zeros_in_both_matrices_are_refused() -> None:
+    with pytest.raises(UserError, match="std must be above 0"):
+        Adapter(std=0.0)
+
+
+@pytest.mark.parametrize("name", ["adapter", "compacter"])
+def test_norms_that_are_not_there_are_told(name: str) -> None:
+    def remarks(*names: str) -> list[str]:
+        return [r for r in run_of(recipe(*map(example, names))).remarks if "trains no norms" in r]
+
+    assert not remarks(name)
+    assert len(remarks("fixup", name)) == 1

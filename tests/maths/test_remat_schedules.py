@@ -183,3 +183,10 @@ def test_what_was_evicted_is_made_again_with_what_it_needs() -> None:
     assert evicted(lines, 8)[0] == 8
     with pytest.raises(FullError):
         evicted(lines, 5)
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_budget_below_the_input_has_no_schedule(budget: int) -> None:
+    piece = Piece(1.0, 1.0, 2, 3, 4)
+    assert cheapest([piece], budget) is None
+    assert optimal([piece], budget) is None

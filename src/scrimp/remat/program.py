@@ -20,6 +20,8 @@ def cheapest(pieces: Sequence[Piece], budget: int, seconds: float = 60.0) -> Sch
     Raises:
         UserError: if scipy is missing, or nothing was found in time.
     """
+    if budget < pieces[0].input:
+        return None
     count = len(pieces)
     values = [Value(i - 1, p.input) for i, p in enumerate(pieces)]
     values += [Value(i, p.pack, holds=i) for i, p in enumerate(pieces)]

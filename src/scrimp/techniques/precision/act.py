@@ -83,7 +83,7 @@ class Act(Technique):
         shelf = Shelf(self.bits, run.decisions.get(run.order.key(self), {}).get("bits", {}),
                       generator(run.seed, "act").initial_seed())  # fmt: skip
         for number, module in enumerate(chosen):
-            module.register_forward_pre_hook(shelf.opened(number), with_kwargs=True)
+            module.register_forward_pre_hook(Opening(shelf, number), with_kwargs=True)
         treat(chosen, "compress", shelf.pack, dequantized)
         return model
 
@@ -124,18 +124,13 @@ class Shelf:
         self.alone = ""
         """While sensitivities are measured: the only tensor that is compressed; "-" for none."""
 
-    def opened(self, number: int) -> Any:
-        """A hook that begins the count of a block's tensors anew at each forward pass."""
-
-        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
-            tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-            self.next[number], self.least[number] = 0, tensors[0].numel() // SMALL
-            # Angles, masks and states come from outside, and other blocks need them too.
-            self.given[number] = {storage(t) for t in tensors[1:]}
-            # Kernels make numbers of boolean masks, with minus infinity among them, and save those.
-            self.masks[number] = {t.numel() for t in tensors[1:] if t.dtype == torch.bool}
-
-        return begin
+    def open(self, number: int, tensors: list[Tensor]) -> None:
+        """Begin the count of a block's tensors anew; it gets these."""
+        self.next[number], self.least[number] = 0, tensors[0].numel() // SMALL
+        # Angles, masks and states come from outside, and other blocks need them too.
+        self.given[number] = {storage(t) for t in tensors[1:]}
+        # Kernels make numbers of boolean masks, with minus infinity among them, and save those.
+        self.masks[number] = {t.numel() for t in tensors[1:] if t.dtype == torch.bool}
 
     def pack(self, tensor: Tensor, number: int) -> Any:
         """What is kept of a tensor: codes, scales, lows and their grid; or the tensor itself."""
@@ -152,6 +147,17 @@ class Shelf:
         return quantize(tensor, bits, contents(tensor, self.salt))
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A hook before a block's forward pass."""
+
+    shelf: Shelf
+    number: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.shelf.open(self.number, [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)])
+
+
 def dequantized(kept: Any) -> Tensor:
     """What the backward pass gets."""
     return dequantize(*kept)
@@ -164,9 +170,7 @@ def storage(tensor: Tensor) -> int:
 
 def shelf_of(module: nn.Module) -> Shelf:
     """The shelf whose hook a treated module has."""
-    hooks: Any = module._forward_pre_hooks.values()
-    return next(cell.cell_contents for hook in hooks for cell in hook.__closure__ or ()
-                if isinstance(cell.cell_contents, Shelf))  # fmt: skip
+    return next(hook.shelf for hook in module._forward_pre_hooks.values() if isinstance(hook, Opening))
 
 
 def sensitivities(run: Run, shelf: Shelf) -> dict[str, float]:

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.branches import add_steps
+from scrimp.branches import add_steps, tell_of_norms
+from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class Adapter(Technique):
 
     def __post_init__(self) -> None:
         at_least(1, self, "bottleneck")
-        at_least(0, self, "std")
+        if self.std <= 0:
+            # A product of two zeros has no gradient for either.
+            raise UserError(f"std must be above 0, not {self.std}, or adapters never learn.", "std", "Give 0.01.")
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -75,6 +78,8 @@ class Adapter(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """An adapter on each branch."""
+        if self.placement == "houlsby":
+            tell_of_norms(model, self.name, run)
         add_steps(model, self.targets or BRANCHES[self.placement], "adapter", self._made, run.where(self, "targets"))
         return model
 
@@ -113,7 +118,7 @@ class Serial(Bottleneck):
 
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """Normal, cut off at two standard deviations; biases zero."""
-        if name in ("down", "up") and self.std:
+        if name in ("down", "up"):
             nn.init.trunc_normal_(value, 0.0, self.std, -2 * self.std, 2 * self.std, generator=generator)
         else:
             value.zero_()

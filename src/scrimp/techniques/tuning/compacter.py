@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.branches import add_steps
+from scrimp.branches import add_steps, tell_of_norms
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
 
@@ -59,6 +59,7 @@ class Compacter(Technique):
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """An adapter after each branch; the first one owns what they share."""
+        tell_of_norms(model, self.name, run)
         where = run.where(self, "targets")
         owner: list[KroneckerAdapter] = []
 
