@@ -21,19 +21,39 @@ import weakref
 import zlib
 from math import prod
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from scrimp.errors import UserError
+from scrimp.spill import in_memory
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
+    from scrimp.technique import Technique
 
 PAGE: Final = 4096
 """Bytes to which addresses, offsets and lengths are aligned."""
 SMALL: Final = 1 << 16
 """Bytes below which a tensor's pages are left to the system: waiting for a disk costs more than they do."""
 LIBC: Final = ctypes.CDLL(None)
+
+
+def scratch(technique: Technique, folder: str, run: Run) -> Scratch:
+    """A file for a technique, in the folder of its setting `folder`, or where the run's is; told where that is memory.
+
+    Raises:
+        UserError: if the folder of the setting is not there.
+    """
+    where = run.where(technique, "folder")
+    if folder and not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}.", where, "Make it, or name one on a local disk.")
+    file = Scratch(folder or run.recipe.out, where)
+    if in_memory(file.folder):
+        run.remarks.append(f"{technique.name} saves nothing: {file.folder} is kept in memory. Set its `folder`.")
+    return file
 
 
 class Scratch:

@@ -32,7 +32,7 @@ from torch._guards import detect_fake_mode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from scrimp.disk import Extent, Imagined, Scratch, extent_of, fetch, settle
+from scrimp.disk import Extent, Imagined, Scratch, extent_of, fetch, scratch, settle
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks, wrap_forward
 from scrimp.technique import Card, Cost, Technique, at_least, overrides
@@ -81,7 +81,7 @@ class LayerToLayer(Technique):
             what = f"{type(found[0]).__name__} does not say which of its inputs have a row for each sample."
             raise UserError(what, run.where(self, "parts"), "Set it to 1, and use accumulate.")
         real = detect_fake_mode() is None
-        file = Scratch(self.folder or run.recipe.out, run.where(self, "folder")) if real else None
+        file = scratch(self, self.folder, run) if real else None
         to_disk(model, file)
         for i, block in enumerate(found):
             before, after = found[i - 1 : i] if i else [], found[i + 1 : i + 2]

@@ -30,7 +30,7 @@ from torch._guards import detect_fake_mode
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch
+from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch, scratch
 from scrimp.errors import UserError
 from scrimp.groups import Group, parts
 from scrimp.technique import Card, Technique, at_least
@@ -73,7 +73,7 @@ class OffloadStates(Technique):
         def made(groups: list[Group]) -> Optimizer:
             optimizer = make(groups)
             real = detect_fake_mode() is None
-            file = Scratch(self.folder or run.recipe.out, run.where(self, "folder")) if real else None
+            file = scratch(self, self.folder, run) if real else None
             for rule in parts(optimizer):
                 if getattr(rule, "clip", 0):
                     fix = "Set its `clip` to 0 and use the technique clip."
