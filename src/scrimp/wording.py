@@ -48,9 +48,7 @@ def _fault(kind: Any, place: tuple[Any, ...], details: list[Any], where: str) ->
     if first["type"] == "literal_error":
         # As pydantic lists them: 'linear' or 'sqrt'; 2, 4 or 8.
         known = [text or number for text, number in re.findall(r"'([^']*)'|(-?\d+)", first["ctx"]["expected"])]
-        return UserError(
-            f"`{first['input']}` is not one of {', '.join(known)}.", path
-        )
+        return UserError(f"`{first['input']}` is not one of {', '.join(known)}.", path)
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         return UserError("must be given.", path)
     default = _default(kind, place)

@@ -99,7 +99,10 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
     kinds = {t.name for t in techniques if t.trained}
     if len(kinds) != 1 or not kinds <= KINDS.keys():
         what = f"a peft folder holds one of {', '.join(KINDS)}, and the run trains {', '.join(sorted(kinds)) or 'all'}."
-        raise UserError(what, "--to", "Use `--to hf`, which merges what can be merged.")
+        fix = "Use `--to hf`, which merges what can be merged."
+        if kinds & {"prompt", "prefix"}:
+            fix = "For prompts or a prefix alone, call scrimp.models.hub_peft_prompts.to_peft on the run's model."
+        raise UserError(what, "--to", fix)
     name = kinds.pop()
     kind, file = KINDS[name]
     named = {n: p.detach() for n, p in model.named_parameters()}
