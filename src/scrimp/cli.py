@@ -171,10 +171,11 @@ def list_(json_: AsJson = False) -> None:
     sections: dict[str, list[Entry]] = {}
     for entry in entries.values():
         sections.setdefault(entry.card.section, []).append(entry)
+    width = max(map(len, entries))
     for section, members in sorted(sections.items()):
         typer.echo(section)
         for entry in members:
-            typer.echo(f"  {entry.name:18} {first_line(entry)}")
+            typer.echo(f"  {entry.name:{width}} {first_line(entry)}")
 
 
 @app.command()

@@ -49,6 +49,8 @@ class Scratch:
 
     def __init__(self, folder: Path, where: str) -> None:
         self.folder, self.where, self.size = folder, where, 0
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}.", where, "Make it, or name one on a local disk.")
         try:
             with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
                 self.fd = os.dup(file.fileno())

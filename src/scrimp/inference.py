@@ -140,7 +140,7 @@ def export(place: str | Path, out: str | Path) -> Path:
     merged = exported(run)
     added = sorted(t.name for t in run.order.techniques if t.trained and matched(t, set(merged) - run.base))
     if added:
-        what = f"`{added[0]}` added layers to the model that do not merge, and no format of other libraries has them."
+        what = f"`{added[0]}` added layers to the model that do not merge: a Hugging Face folder lacks them."
         raise UserError(what, str(place), "Use the run itself (`scrimp eval`, `scrimp generate`, `--from`).")
     prepares = getattr(run.data, "processor", None) or run.data.tokenizer
     labels = getattr(run.data, "labels", ())

@@ -46,7 +46,8 @@ def _fault(kind: Any, place: tuple[Any, ...], details: list[Any], where: str) ->
         known = [f.name for f in fields(owner)] if is_dataclass(owner) else []
         return UserError(f"unknown setting `{place[-1]}`.", path, did_you_mean(str(place[-1]), known))
     if first["type"] == "literal_error":
-        known = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        # As pydantic lists them: 'linear' or 'sqrt'; 2, 4 or 8.
+        known = [text or number for text, number in re.findall(r"'([^']*)'|(-?\d+)", first["ctx"]["expected"])]
         return UserError(f"`{first['input']}` is not one of {', '.join(known)}.", path)
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
         return UserError("must be given.", path)

@@ -52,6 +52,7 @@ GOOD: dict[str, Any] = {"techniques": {"adamw": {}}}
             "warmup: must be a text or a number, not [1].",
         ),
         ({"techniques": {"adamw": {}, "wsd": {"shape": "round"}}}, "wsd.shape: `round` is not one of linear, sqrt."),
+        ({"techniques": {"adamw": {}, "act": {"bits": 3}}}, "techniques.act.bits: `3` is not one of 2, 4, 8."),
         ({"techniques": {"adamw": {"params": 3}}}, "techniques.adamw.params: must be a text, not 3."),
         ({"batch": "many"}, "batch: must be a whole number, not 'many'."),
         ({"batch": 2.5}, "batch: must be a whole number, not 2.5."),

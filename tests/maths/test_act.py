@@ -11,7 +11,7 @@ from scrimp.numerics.allocation import WIDTHS, allocate, error
 from scrimp.numerics.blocks import dequantize, quantize, stored_bytes
 from scrimp.numerics.packing import packed, unpacked
 from scrimp.run import Run
-from scrimp.techniques.precision.act import shelf_of
+from scrimp.techniques.precision.act import Act, shelf_of
 from scrimp.training import train
 from tiny import example, recipe, run_of
 
@@ -132,3 +132,9 @@ def test_measured_bits_hold_the_budget() -> None:
     assert len(set(bits.values())) > 1
     sizes = shelf_of(result.run.model.get_submodule("blocks.0")).sizes
     assert sum(bits[n] * size for n, size in sizes.items()) <= 3 * sum(sizes.values())
+
+
+def test_a_run_that_ends_before_the_measurement_is_told() -> None:
+    short = run_of(recipe(Act(average=3.0, measure="100 step")))
+    assert any("ends before sensitivities are measured" in remark for remark in short.remarks)
+    assert not any("sensitivities" in remark for remark in run_of(recipe(Act(average=3.0, measure="1 step"))).remarks)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scrimp.disk import PAGE, Scratch
+from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
 from scrimp.run import Run, apply
 from scrimp.spill import PIECE, Spill
@@ -136,3 +137,8 @@ def test_bytes_come_back_through_a_buffer_that_is_smaller(direct: bool, tmp_path
 def test_the_buffer_is_in_the_plan() -> None:
     run = made(offload={"buffer": 8})
     assert run.fold("price", Cost()).bytes == 8 << 20
+
+
+def test_more_than_all_blocks_is_refused() -> None:
+    with pytest.raises(UserError, match="fraction must be at most 1"):
+        OffloadActivations(fraction=2.0)

@@ -83,7 +83,10 @@ class Evicting:
         try:
             self.pool.room(size)
         except FullError as error:
-            what = f"a block needs {error.args[0]} bytes with what must stay, more than the {self.pool.budget} given."
+            from scrimp.planview import size as written
+
+            needs, given = written(error.args[0]), written(self.pool.budget)
+            what = f"a block needs {needs} with what must stay, more than the {given} given."
             raise UserError(what, "techniques.recompute.budget", "Raise it, or lower `batch`.") from None
 
     def _gone(self, held: Entry, pack: Entry) -> None:

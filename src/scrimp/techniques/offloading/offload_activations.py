@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.disk import Scratch, home, in_memory
+from scrimp.errors import UserError
 from scrimp.models.seams import blocks, matching
 from scrimp.saved import treat
 from scrimp.spill import Spill
@@ -72,6 +73,8 @@ class OffloadActivations(Technique):
     def __post_init__(self) -> None:
         at_least(0, self, "fraction", "keep", "depth", "least")
         at_least(2, self, "buffer")
+        if self.fraction > 1:
+            raise UserError(f"fraction must be at most 1, not {self.fraction}.")
 
     def anchored(self) -> OffloadActivations:
         """With an absolute path."""

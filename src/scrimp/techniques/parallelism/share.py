@@ -47,7 +47,7 @@ class Share(Technique):
             "depth schedule": "Blocks that share their weights cannot be copied or cut one by one.",
             "width schedule": "Widths change block by block, and the blocks are one.",
             "sparsity": "A mask is a layer's, and the weights are many layers'.",
-            "frozen weights": "What it adds to a block would be one a block; train, export, and tune the export.",
+            "frozen weights": "Shared blocks cannot have additions of their own each; train, export, tune the export.",
             "initialization": "It scales weights block by block, and would scale shared ones again and again.",
         },
         phase={"model": "architecture", "carry": "rewind", "export": "whole"},

@@ -80,6 +80,9 @@ class Act(Technique):
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Compression of what the chosen blocks save."""
         chosen = self._chosen(model, run)
+        if self.average and run.clock.at(self.measure) >= run.clock.end:
+            run.remarks.append(f"act keeps all tensors in {self.bits} bits: the run ends before sensitivities are "
+                               "measured. Lower its `measure`.")  # fmt: skip
         shelf = Shelf(self.bits, run.decisions.get(run.order.key(self), {}).get("bits", {}),
                       generator(run.seed, "act").initial_seed())  # fmt: skip
         for number, module in enumerate(chosen):
