@@ -185,9 +185,8 @@ class Bench:
 def planned(place: Path) -> None:
     """Print what tuning a larger model would need."""
     (place / "text.txt").write_text("A text of some words. " * 4000)
-    print(
-        "| trained | numbers trained | peak, MiB | forward, GFLOP | backward, GFLOP |\n| --- | --- | --- | --- | --- |"
-    )
+    print("| trained | numbers trained | peak, MiB | forward, GFLOP | backward, GFLOP |")
+    print("| --- | --- | --- | --- | --- |")
     for name, techniques in PLANNED.items():
         raw = {**SHARED, "model": {"layers": 12, "width": 768, "heads": 12, "dropout": 0.0, "vocab": 2048},
                "data": {"source": str(place / "text.txt"), "tokenizer": "bytes", "context": 512},

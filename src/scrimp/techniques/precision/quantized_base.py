@@ -55,7 +55,7 @@ class QuantizedBase(Technique):
             "shared blocks": "Shared weights are trained; export them, and pack the export.",
         },
         phase={"model": "frozen", "init": "packed", "carry": "packed", "export": "packed"},
-        example={"targets": "attention.*|mlp.*"},
+        example={"targets": "attention.*"},
         remedies=({},),
     )
     targets: str = "attention.*|mlp.*"
