@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from scrimp.disk import PAGE, Extent, Scratch, aligned, extent_of, home
+from scrimp.disk import PAGE, Extent, Scratch, aligned, extent_of, home, in_memory
 from scrimp.errors import UserError
 from scrimp.run import Run
-from scrimp.spill import in_memory
 from scrimp.techniques.offloading import offload_states
 from scrimp.techniques.offloading.layer_to_layer import LayerToLayer
 from scrimp.techniques.offloading.offload_states import OffloadStates, States, offload
