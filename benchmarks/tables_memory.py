@@ -22,10 +22,12 @@ def memory() -> str:
             lines.append([name, *[""] * 7])
             continue
         live, resident, time = (row[key] / base[key] for key in ("live", "resident", "seconds"))
-        lines.append([name, f"{row['planned'] / 1e6:.1f}", f"{row['live'] / 1e6:.1f}", f"{live:.2f}",
-                      f"{row['resident'] / 1e6:.0f}", f"{resident:.2f}", f"{time:.2f}", f"{row['loss']:.3f}"])  # fmt: skip
+        bytes_ = [f"{row['planned'] / 1e6:.1f}", f"{row['live'] / 1e6:.1f}", f"{live:.2f}"]
+        lines.append([name, *bytes_, f"{row['resident'] / 1e6:.0f}", f"{resident:.2f}", f"{time:.2f}",
+                      f"{row['loss']:.3f}"])  # fmt: skip
     head = ["", "planned, MB", "live, MB", "ratio", "resident, MB", "ratio", "seconds, ratio", "loss"]
-    about = f"{found['steps']} steps, one seed; an idle process with torch and one optimizer holds {found['idle'] / 1e6:.0f} MB."
+    idle = f"an idle process with torch and one optimizer holds {found['idle'] / 1e6:.0f} MB"
+    about = f"{found['steps']} steps, one seed; {idle}."
     return f"{table(head, lines)}\n\n{about}"
 
 

@@ -25,8 +25,8 @@ from tiny_tasks import TINY, Memory
 MODEL = {"layers": 4, "width": 16, "heads": 2, "dropout": 0.1}
 LONG: dict[str, Any] = {"model": MODEL, "data": TinyData(context=32)}
 MODES: list[dict[str, Any]] = [
-    {"mode": "sqrt"}, {"mode": "sqrt", "segment": 3}, {"mode": "optimal", "budget": 0.45},
-    {"mode": "optimal", "budget": 0.7}, {"mode": "milp", "budget": 0.6}, {"mode": "dynamic", "budget": 0.45},
+    {"mode": "sqrt"}, {"mode": "sqrt", "segment": 3}, {"mode": "optimal", "budget": 0.5},
+    {"mode": "optimal", "budget": 0.7}, {"mode": "milp", "budget": 0.6}, {"mode": "dynamic", "budget": 0.5},
     {"budget": 0.5}, {"budget": 0.75}, {"budget": "1MB"},
 ]  # fmt: skip
 NAMES = [json.dumps(mode) for mode in MODES]

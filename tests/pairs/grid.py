@@ -56,7 +56,7 @@ def pairs() -> Iterator[tuple[str, str, str]]:
         yield from ((slot, a, b) for slot, known in shared(a, b) if not known)
 
 
-def sampled(case: tuple[str, ...], share: int = 3) -> bool:
+def sampled(case: tuple[str, ...], share: int = 6) -> bool:
     """A fixed part of the grid, and everything that touches `step` and `backward`. `SCRIMP_PAIRS=full` takes all."""
     if os.environ.get("SCRIMP_PAIRS") == "full":
         return True

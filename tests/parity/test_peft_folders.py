@@ -110,9 +110,7 @@ OURS_IN_MLP = {"gpt2": "mlp.down", "llama": "mlp.down", "bert": "mlp.up"}
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
 @pytest.mark.parametrize("family", MODELS)
-def test_their_lora_loads_here(
-    family: str, options: dict[str, Any], tmp_path: Path, record_property: Recorder
-) -> None:
+def test_their_lora_loads_here(family: str, options: dict[str, Any], tmp_path: Path, record_property: Recorder) -> None:
     """Where q, k and v are apart there, only q and v are adapted: two factors A become one of twice the rank."""
     model = saved(family, tmp_path / "base")
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[*QKV[family], IN_MLP[family]],

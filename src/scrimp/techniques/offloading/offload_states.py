@@ -49,7 +49,7 @@ class OffloadStates(Technique):
     card = Card(
         paper="arXiv:2104.07857",
         section="Offloading",
-        claim="models of tens of trillions of parameters on 512 GPUs, with states on NVMe (abstract of 2104.07857)",
+        claim="over 25 petaflops on 512 V100 GPUs, 40 % of their peak (abstract of 2104.07857)",
         saves="the optimizer's states in memory",
         costs="disk traffic: each state is read and written once a step",
         sets=("place of optimizer states",),

@@ -120,6 +120,7 @@ class Shelf:
         self.next: dict[int, int] = {}
         self.least: dict[int, int] = {}
         self.given: dict[int, set[int]] = {}
+        self.masks: dict[int, set[int]] = {}
         self.alone = ""
         """While sensitivities are measured: the only tensor that is compressed; "-" for none."""
 
@@ -131,13 +132,16 @@ class Shelf:
             self.next[number], self.least[number] = 0, tensors[0].numel() // SMALL
             # Angles, masks and states come from outside, and other blocks need them too.
             self.given[number] = {storage(t) for t in tensors[1:]}
+            # Kernels make numbers of boolean masks, with minus infinity among them, and save those.
+            self.masks[number] = {t.numel() for t in tensors[1:] if t.dtype == torch.bool}
 
         return begin
 
     def pack(self, tensor: Tensor, number: int) -> Any:
         """What is kept of a tensor: codes, scales, lows and their grid; or the tensor itself."""
         activation = tensor.is_floating_point() and tensor.element_size() >= 2
-        if not activation or tensor.numel() <= self.least[number] or storage(tensor) in self.given[number]:
+        outside = storage(tensor) in self.given[number] or tensor.numel() in self.masks[number]
+        if not activation or outside or tensor.numel() <= self.least[number]:
             return tensor
         name = f"{number}.{self.next[number]}"
         self.next[number] += 1

@@ -67,7 +67,7 @@ class QuantizedBase(Technique):
         counts: dict[int, int] = {}
         for _, p in model.named_parameters(remove_duplicate=False):
             counts[id(p)] = counts.get(id(p), 0) + 1
-        trains = [(t.name, pattern) for t in run.order.techniques for pattern in t.card.trains]
+        trains = [(t.name, pattern) for t in run.order.techniques for pattern in t.trained]
         where = run.where(self, "targets")
         for name, layer in linears(model, self.targets, where).items():
             if counts[id(layer.weight)] > 1:
