@@ -340,7 +340,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     "parameters": parameters, "names": names, "plan": plans, "catalogue": catalogue, "thrifty": thrifty,
     "tasks": tasks, "instruct": instruct, "pairs": pairs, "parity": parity, "finetune": finetune,
     "sections": sections, "vision-results": vision, "task-runs": task_runs,
-    **{name: partial(other, "tables_data", name) for name in ("pruning", "crossing", "importance")},
+    **{name: partial(other, "tables_data", name) for name in ("pruning", "crossing", "importance", "flip", "mae")},
     **{name: partial(other, "tables_computation", name.replace("-", "_"))
        for name in ("computation", "optimizers", "deep", "sparsity", "slimming", "growth", "autoprog", "together",
                     "token-masking")},

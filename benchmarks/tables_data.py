@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from tables_computation import table
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -76,3 +78,42 @@ def importance() -> str:
         f"{by['bound'] / by['uniform']:.2f}, by exact norms {by['exact'] / by['uniform']:.2f}. {len(found)} seeds."
     )
     return "\n".join([*lines, "", about])
+
+
+def flip() -> str:
+    """Images and texts with a part of the patches left out."""
+    lines: list[list[str]] = []
+    for arm, rows in _arms("flip").items():
+        reached = ", ".join(f"{row['reached']:.0f} s" if row.get("reached") else "never" for row in rows)
+        lines.append([arm, _mean(rows, "steps", 0), _mean(rows, "images_per_second", 0), _mean(rows, "times_as_fast", 2),
+                      _mean(rows, "zero_shot", 1, 100), _mean(rows, "loss", 2), _mean(rows, "seconds", 0),
+                      "" if arm == "none" else reached, str(len(rows))])  # fmt: skip
+    head = ["patches left out", "steps", "images a second", "times as fast", "zero-shot accuracy %", "held-out loss",
+            "seconds", "as good as `none` after", "seeds"]  # fmt: skip
+    return table(head, lines)
+
+
+def mae() -> str:
+    """Pre-training and fine-tuning against training from scratch."""
+    lines: list[list[str]] = []
+    for arm, rows in _arms("mae").items():
+        if arm != "pre-training":
+            total = [{"seconds": row.get("total_seconds", row["seconds"])} for row in rows]
+            lines.append([arm, _mean(rows, "accuracy", 1, 100), _mean(rows, "loss", 3), _mean(rows, "steps", 0),
+                          _mean(total, "seconds", 0), str(len(rows))])  # fmt: skip
+    head = ["arm", "accuracy %", "held-out loss", "steps", "seconds, pre-training included", "seeds"]
+    return table(head, lines)
+
+
+def _arms(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Rows of a benchmark by arm, those of its seeds together."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for key, row in json.loads((ROOT / "evidence" / f"{name}.json").read_text())["rows"].items():
+        arms.setdefault(key.split("/")[0], []).append(row)
+    return arms
+
+
+def _mean(rows: list[dict[str, Any]], key: str, digits: int, scale: float = 1.0) -> str:
+    found = [scale * row[key] for row in rows if row.get(key) is not None]
+    spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 and digits else ""
+    return f"{statistics.mean(found):.{digits}f}{spread}" if found else ""
