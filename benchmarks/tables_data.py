@@ -85,7 +85,8 @@ def flip() -> str:
     lines: list[list[str]] = []
     for arm, rows in _arms("flip").items():
         reached = ", ".join(f"{row['reached']:.0f} s" if row.get("reached") else "never" for row in rows)
-        lines.append([arm, _mean(rows, "steps", 0), _mean(rows, "images_per_second", 0), _mean(rows, "times_as_fast", 2),
+        fast = _mean(rows, "times_as_fast", 2)
+        lines.append([arm, _mean(rows, "steps", 0), _mean(rows, "images_per_second", 0), fast,
                       _mean(rows, "zero_shot", 1, 100), _mean(rows, "loss", 2), _mean(rows, "seconds", 0),
                       "" if arm == "none" else reached, str(len(rows))])  # fmt: skip
     head = ["patches left out", "steps", "images a second", "times as fast", "zero-shot accuracy %", "held-out loss",

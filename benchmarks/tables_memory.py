@@ -36,3 +36,28 @@ def _base(name: str, rows: dict[str, Any]) -> str:
     from memory import LARGE, TUNED
 
     return next(iter(LARGE if name in LARGE else TUNED if name in TUNED else ["plain"]))
+
+
+def largest() -> str:
+    """The largest models that were trained in a control group."""
+    lines: list[list[str]] = []
+    for row in evidence("largest"):
+        steps, disk = row["steps"], row["disk"]
+        sizes = (row["state_bytes"], row["limit"], row["group_peak"], row["resident_peak"], steps[-1]["read"],
+                 steps[-1]["written"], disk["read"], disk["write"])  # fmt: skip
+        lines.append([f"{row['parameters'] / 1e6:,.0f} million", *(f"{size / 1e9:.2f}" for size in sizes),
+                      ", ".join(f"{step['seconds']:.0f}" for step in steps),
+                      ", ".join(f"{step['loss']:.2f}" for step in steps)])  # fmt: skip
+    head = ["weights", "training state, GB", "limit, GB", "group's peak", "process' peak", "read a step, GB",
+            "written a step, GB", "disk reads GB/s", "disk writes GB/s", "seconds of steps", "losses"]  # fmt: skip
+    return table(head, lines)
+
+
+def offloading() -> str:
+    """Activations on disk against keeping them."""
+    found = evidence("offloading")["activations"]
+    lines = [[row["arm"], f"{row['planned'] / 1e6:.0f}", f"{row['live'] / 1e6:.0f}",
+              f"{(row['resident'] - row['base']) / 1e6:.0f}", f"{row['disk'] / 1e6:.0f}", f"{row['processor']:.1f}"]
+             for row in found["rows"]]  # fmt: skip
+    head = ["arm", "planned, MB", "live, MB", "resident on top, MB", "on disk, MB", "processor's seconds a step"]
+    return table(head, lines)
