@@ -78,5 +78,5 @@ def test_what_comes_back_wrong_is_no_gradient(damage: str, depth: int, tmp_path:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     run = run_of(recipe(example("offload_activations", folder=str(tmp_path / "none")), model=MODEL))
     assert run.backward
-    with pytest.raises(UserError, match="no file can be made.*none.*Set `folder`"):
+    with pytest.raises(UserError, match="there is no folder .*none"):
         run.backward(run.batch(0), torch.tensor(1))

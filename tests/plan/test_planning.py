@@ -45,7 +45,8 @@ def test_plans_the_live_bytes_of_the_whole_run(name: str, tmp_path: Path, monkey
     off = measured(made, monkeypatch) - planned.live
     images = 4 * sum(t.nbytes for t in run_of(made).batch(0).values())
     assert off <= max(BATCHES, images)
-    assert off >= 0 or overrides(example(name), "decide"), "what a run decides is planned at its largest"
+    # What a run decides is planned at its largest, and a price is of memory that no tensor has.
+    assert off >= 0 or any(overrides(example(name), slot) for slot in ("decide", "price"))
 
 
 @pytest.mark.parametrize("changes", [

@@ -59,6 +59,7 @@ class Expand(Technique):
             "sparsity": "Masks belong to a weight that is trained, not to a factor of it.",
             "width schedule": "Its factors have the sizes of the layer that they began with.",
             "frozen weights": "Factors of a frozen weight would be frozen too.",
+            "shared blocks": "Factors belong to one layer, and shared weights to several.",
         },
         phase={"model": "seams", "export": "collapsed"},
         example={"ratio": 1.5, "depth": 3, "targets": "mlp.*"},

@@ -46,6 +46,7 @@ class Share(Technique):
         refuses={
             "depth schedule": "Blocks that share their weights cannot be copied or cut one by one.",
             "width schedule": "Widths change block by block, and the blocks are one.",
+            "matrix product": "Scales and histories are a layer's, and the weights are many layers'.",
             "sparsity": "A mask is a layer's, and the weights are many layers'.",
             "frozen weights": "Shared blocks cannot have additions of their own each; train, export, tune the export.",
             "initialization": "It scales weights block by block, and would scale shared ones again and again.",

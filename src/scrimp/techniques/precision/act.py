@@ -57,7 +57,7 @@ class Act(Technique):
         costs="passes over every kept tensor, and noise in gradients",
         sets=("activation compression",),
         phase={"wrap": "saved"},
-        example={"bits": 4, "average": 3.0, "measure": "3 step"},
+        example={"bits": 4},
         remedies=({"bits": 8}, {"bits": 4}),
     )
     bits: Literal[2, 4, 8] = 4

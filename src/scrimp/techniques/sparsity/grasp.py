@@ -58,6 +58,7 @@ class GraSP(Technique):
             "closed branches": "the weights of a branch that begins at zero have no gradient to keep.",
             "compilation": "compiled code cannot be differentiated twice.",
             "head loss": "a loss joined with its head cannot be differentiated twice.",
+            "matrix product": "rounded products cannot be differentiated twice.",
         },
         example={"density": 0.5},
         neutral={"density": 1.0},

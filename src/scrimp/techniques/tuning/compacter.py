@@ -42,6 +42,7 @@ class Compacter(Technique):
         saves="gradients and states of the frozen weights, and most of an adapter's weights",
         costs="matrices that are multiplied out in each forward pass, in use too: it does not merge",
         trains=("*.compacter.*", "*norm.*"),
+        refuses={"depth schedule": "All its adapters share a factor, and a copied block would bring one of its own."},
         phase={"model": "seams"},
         example={"bottleneck": 8, "n": 4},
     )

@@ -51,7 +51,7 @@ class Prompt(Technique):
         sets=("prompts",),
         trains=("*prompts.*",),
         refuses={"tokens of a layer": "It may leave out prompts, which stand among the tokens."},
-        phase={"model": "seams", "init": "fill", "carry": "grow", "export": "merged"},
+        phase={"model": "seams", "init": "measured", "carry": "grow", "export": "merged"},
         example={"length": 2},
     )
     length: int = 20
