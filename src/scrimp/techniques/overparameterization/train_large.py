@@ -68,7 +68,10 @@ class TrainLarge(Technique):
         costs="slower steps and more memory before the cut",
         sets=("depth schedule", "width schedule", "sparsity"),
         needs=("qkv", "proj", "up", "down"),
-        refuses={"frozen weights": "It begins with a larger model, for which there are no weights to freeze."},
+        refuses={
+            "frozen weights": "It begins with a larger model, for which there are no weights to freeze.",
+            "matrix product": "What rounded products remember of a layer cannot be cut with it.",
+        },
         phase={"model": "sizes", "carry": "widen", "loss": "auxiliary", "export": "whole"},
         example={"hidden": 1.5, "heads": 2.0, "layers": 1, "until": "4 step"},
     )
