@@ -226,12 +226,13 @@ class DryRun:
             raise CannotPlanError(
                 f"decides by values of tensors ({error}).", where, "Read scalars by run.read."
             ) from error
+        count = _advance(clock, begin, end, self.recipe.batch * self.ranks, tokens * self.ranks)
+        decisions = self._decided(run)
         moment, line = peak(trace)
         seconds, slowest = step_seconds(step, self.target, cost.fused)
         parameters = list(run.model.parameters())
         volume = sent(step, sum(p.nbytes for p in parameters if p.requires_grad), self.ranks)
         seconds += cost.seconds + (volume / self.target.link if self.target.link else 0.0)
-        count = _advance(clock, begin, end, self.recipe.batch * self.ranks, tokens * self.ranks)
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
             clock.stage, count, tokens * self.ranks, moment, line, segments, held, step, seconds, slowest,
@@ -239,8 +240,15 @@ class DryRun:
         )  # fmt: skip
         with self.mode:
             state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())
-        decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
         return planned, state, decisions
+
+    def _decided(self, run: Run) -> dict[str, Any]:
+        """What techniques decide when the stage ends; what they need for it counts."""
+        with self.mode, self.trace:
+            self.trace.kind = "workspace"
+            found = {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+            self.trace.kind = ""
+        return run.decisions | found
 
     def _built(self, decisions: dict[str, Any]) -> Run:
         trace, carried = self.trace, self.carried

@@ -45,6 +45,7 @@ from scrimp.slimming import (
     units,
 )
 from scrimp.technique import Card, Technique, at_least
+from scrimp.weights import persistent
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -70,7 +71,6 @@ class TrainLarge(Technique):
         needs=("qkv", "proj", "up", "down"),
         refuses={
             "frozen weights": "It begins with a larger model, for which there are no weights to freeze.",
-            "matrix product": "What rounded products remember of a layer cannot be cut with it.",
         },
         phase={"model": "sizes", "carry": "widen", "loss": "auxiliary", "export": "whole"},
         example={"hidden": 1.5, "heads": 2.0, "layers": 1, "until": "4 step"},
@@ -128,7 +128,7 @@ class TrainLarge(Technique):
     def carry(self, state: State, run: Run) -> State:
         """Over the cut: blocks, heads and neurons that stay, and the wide weights for the teacher."""
         weights, chosen = state.get("model", {}), self._decided(run)
-        own = dict(run.model.named_parameters())
+        own = dict(run.model.named_parameters()) | persistent(run.model)
         if not chosen:
             off = [name for name, t in weights.items() if name in own and own[name].shape != t.shape]
             if off:

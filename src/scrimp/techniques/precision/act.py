@@ -188,12 +188,15 @@ def sensitivities(run: Run, shelf: Shelf) -> dict[str, float]:
         found = torch.autograd.grad(run.loss(run.model, batch) / count, weights, allow_unused=True)
         return [g for g in found if g is not None]
 
-    if any(isinstance(p, FakeTensor) for p in weights):
-        return dict.fromkeys(shelf.sizes, 1.0)
     exact = gradient("-")
-    found = {
-        name: 9 * sum(float((a - b).double().square().sum()) for a, b in zip(gradient(name), exact, strict=True))
-        for name in list(shelf.sizes)
-    }
+    names, planned = list(shelf.sizes), any(isinstance(p, FakeTensor) for p in weights)
+
+    def moved(name: str) -> float:
+        pairs = zip(gradient(name), exact, strict=True)
+        return 9 * sum(run.read((a - b).double().square().sum(), worst=1.0) for a, b in pairs)
+
+    # While planning, the largest shows what each needs.
+    tried = sorted(names, key=lambda n: -shelf.sizes[n])[:1] if planned else names
+    found = {name: moved(name) for name in tried}
     shelf.alone = ""
-    return found
+    return dict.fromkeys(names, 1.0) if planned else found
