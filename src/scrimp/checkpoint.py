@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scrimp.errors import UserError
+from scrimp.sharding import whole
+from scrimp.world import ALONE, World
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -32,49 +34,97 @@ ASIDE = f"{PARTIAL}old-"
 """Before the name of a snapshot that is being replaced."""
 
 
-def save(folder: Path, state: State, meta: Mapping[str, Any]) -> Path:
-    """Write a snapshot.
+def save(folder: Path, state: State, meta: Mapping[str, Any], world: World = ALONE) -> Path:
+    """Write a snapshot. Of several ranks each writes a share of the tensors, whole, so that any mesh can resume it.
 
     Args:
         folder: where it shall be; a snapshot of that name is replaced.
         state: `{kind: {name: tensor}}`. Kinds up to the first dot share a file.
         meta: JSON.
+        world: the ranks that save together; all must call.
     Raises:
-        UserError: if the disk is full or the folder cannot be written; no earlier snapshot is touched.
+        UserError: if the disk is full or the folder cannot be written, on any rank; no earlier snapshot is touched.
     """
     partial = folder.parent / f"{PARTIAL}{folder.name}"
+    files = _files(state, world)
     try:
-        clear(folder.parent)
-        partial.mkdir(parents=True)
-        files: dict[str, dict[str, Tensor]] = {}
-        for kind, tensors in state.items():
-            part, _, rest = kind.partition(".")
-            flat = {f"{rest}/{name}" if rest else name: t.detach().contiguous() for name, t in tensors.items()}
-            files.setdefault(part, {}).update(flat)
-        digests: dict[str, str] = {}
-        for part, tensors in files.items():
-            path = partial / f"{part}.safetensors"
-            save_tensors(tensors, path)
-            digests[path.name] = digest(path)
-            _flush(path)
-        text = json.dumps({"meta": meta, "files": digests}, indent=1)
-        state_file = partial / "state.json"
-        head = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
-        state_file.write_text(f"{head}\n{text}", encoding="utf-8")
-        _flush(state_file)
-        _flush(partial)
-        if folder.exists():
-            folder.rename(_aside(folder))
-        partial.rename(folder)
-        _flush(folder.parent)
-        shutil.rmtree(_aside(folder), ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            clear(folder.parent)
-        reason = getattr(error, "strerror", None) or str(error)
+        _together(world, lambda: _begin(partial) if world.first else None)
+        digests = _together(world, lambda: _write(partial, files))
+        found = {name: digest for told in world.gathered(digests) for name, digest in told.items()}
+        _together(world, lambda: _finish(partial, folder, meta, found) if world.first else None)
+    except OSError as error:
+        if world.first:
+            with suppress(OSError):
+                clear(folder.parent)
         fix = "Earlier checkpoints are intact. Free some space, or set `out` to another disk, then use --resume."
-        raise UserError(f"cannot write the checkpoint: {reason}.", str(folder), fix) from error
+        raise UserError(f"cannot write the checkpoint: {error}.", str(folder), fix) from error
     return folder
+
+
+def _together(world: World, job: Callable[[], Any]) -> Any:
+    """Do a job on every rank; where it fails on one, it fails on all.
+
+    Raises:
+        OSError: with the reason, and the rank where there are several.
+    """
+    found, fault = None, ""
+    try:
+        found = job()
+    except (OSError, SafetensorError) as error:
+        fault = getattr(error, "strerror", None) or str(error)
+    for rank, told in enumerate(world.gathered(fault)):
+        if told:
+            raise OSError(told if world.size == 1 else f"rank {rank}: {told}")
+    return found
+
+
+def _files(state: State, world: World) -> dict[str, dict[str, Tensor]]:
+    """This rank's share of a state, by file. What several ranks hold is shared out evenly among them."""
+    named = {(kind, name): t for kind, tensors in state.items() for name, t in tensors.items()}
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank, names in enumerate(world.gathered(list(named))):
+        for name in names:
+            holders.setdefault(name, []).append(rank)
+    files: dict[str, dict[str, Tensor]] = {}
+    for i, (name, ranks) in enumerate(holders.items()):
+        if name not in named:
+            continue
+        tensor = whole(named[name].detach())
+        if ranks[i % len(ranks)] == world.rank:
+            part, _, rest = name[0].partition(".")
+            file = f"{part}.safetensors" if world.size == 1 else f"{part}-{world.rank:05d}.safetensors"
+            files.setdefault(file, {})[f"{rest}/{name[1]}" if rest else name[1]] = tensor.contiguous()
+    return files
+
+
+def _begin(partial: Path) -> None:
+    clear(partial.parent)
+    partial.mkdir(parents=True)
+
+
+def _write(partial: Path, files: Mapping[str, dict[str, Tensor]]) -> dict[str, str]:
+    """Tensors to disk; returns the checksum of each file."""
+    digests: dict[str, str] = {}
+    for name, tensors in files.items():
+        save_tensors(tensors, partial / name)
+        digests[name] = digest(partial / name)
+        _flush(partial / name)
+    return digests
+
+
+def _finish(partial: Path, folder: Path, meta: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """What is no tensor, then the name under which the snapshot is complete."""
+    text = json.dumps({"meta": meta, "files": digests}, indent=1)
+    state_file = partial / "state.json"
+    head = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest()})
+    state_file.write_text(f"{head}\n{text}", encoding="utf-8")
+    _flush(state_file)
+    _flush(partial)
+    if folder.exists():
+        folder.rename(_aside(folder))
+    partial.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -101,7 +151,7 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
             raise _damaged(folder, name, "is missing")
         if digest(path) != expected:
             raise _damaged(folder, name, "is truncated or altered (its checksum differs)")
-        part = path.stem
+        part = path.stem.partition("-")[0]
         for key, tensor in load_file(path).items():
             rest, slash, parameter = key.partition("/")
             kind, parameter = (f"{part}.{rest}", parameter) if slash else (part, key)

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from scrimp.sharding import sharded, whole
 
 CHUNK: Final = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Weights updated together: few enough for a core's cache, enough to fill a GPU. Bounds the transient copy."""
@@ -37,7 +38,7 @@ def chunks(rows: Sequence[tuple[Tensor, ...]]) -> Iterator[list[list[Tensor]]]:
 def _pieces(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
     """Rows of a large parameter, as views. A sharded one stays whole: its rows lie on other machines."""
     weight = row[0]
-    if weight.numel() <= limit or is_traceable_wrapper_subclass(weight):
+    if weight.numel() <= limit or sharded(weight):
         return iter([row])
     lines = max(1, limit * weight.shape[0] // weight.numel())
     count = -(-weight.shape[0] // lines)
@@ -51,9 +52,3 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     wide = reduce(torch.promote_types, {t.dtype for t in tensors}, torch.float32)
     found: Sequence[Any] = torch._foreach_norm(list(tensors), 2.0, dtype=wide)
     return [whole(norm) for norm in found]
-
-
-def whole(scalar: Any) -> Tensor:
-    """A scalar of a sharded tensor, over all its shards."""
-    sharded = bool(is_traceable_wrapper_subclass(scalar))
-    return scalar.full_tensor() if sharded else scalar

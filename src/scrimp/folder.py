@@ -21,6 +21,7 @@ from scrimp import checkpoint
 from scrimp.errors import UserError
 from scrimp.lock import lock
 from scrimp.recipe import Recipe
+from scrimp.world import ALONE, World
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -31,6 +32,8 @@ class RunFolder:
     """Where a run writes. Nothing in it is needed to compute; everything in it is needed to resume or to report."""
 
     path: Path
+    world: World = ALONE
+    """The ranks that write into it. All save checkpoints together; the first writes all else."""
     held: TextIO | None = None
     """The file whose lock keeps other writers out."""
     metrics: TextIO | None = None
@@ -40,12 +43,14 @@ class RunFolder:
     step: int = 0
 
     @classmethod
-    def create(cls, recipe: Recipe, tokenizer: Any = None) -> RunFolder:
-        """A new folder under `recipe.out`, numbered when the name is taken.
+    def create(cls, recipe: Recipe, tokenizer: Any = None, world: World = ALONE) -> RunFolder:
+        """A new folder under `recipe.out`, numbered when the name is taken. The first rank makes it for all.
 
         Args:
             tokenizer: of the data; kept in the folder if it can be saved, so that text is generated without the corpus.
         """
+        if not world.first:
+            return cls(Path(world.told(None)), world)
         name = recipe.name or "-".join(["run", *(t.name for t in recipe.techniques if "update rule" in t.card.sets)])
         root = Path(recipe.out)
         for i in range(1, 100_000):
@@ -57,11 +62,12 @@ class RunFolder:
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 raise UserError(f"cannot make the run's folder: {reason}.", str(path), "Set `out`.") from None
-            folder = cls(path)
+            folder = cls(path, world)
             if hasattr(tokenizer, "save"):
                 with _writing(path / "tokenizer.json"):
                     tokenizer.save(path)
             folder.write_text("recipe.yaml", anchored(recipe).yaml())
+            world.told(str(path))
             return folder
         raise UserError("there are too many runs of that name.", str(root), "Set `name`.")
 
@@ -105,7 +111,7 @@ class RunFolder:
         Raises:
             UserError: if another process writes into it.
         """
-        if self.held is None:
+        if self.held is None and self.world.first:
             with _writing(self.path / "lock"):
                 self.held = lock(self.path)
 
@@ -116,6 +122,10 @@ class RunFolder:
             UserError: if another process writes into it, or the disk is full.
         """
         self.lock()
+        # Others may still be reading what is cut off here.
+        self.world.wait()
+        if not self.world.first:
+            return
         saved = self.path / "checkpoints"
         for snapshot in checkpoint.snapshots(saved):
             if snapshot.name > f"step-{step:09d}":
@@ -139,6 +149,8 @@ class RunFolder:
 
     def write(self, fields: dict[str, Any]) -> None:
         """A line of metrics, also to TensorBoard and W&B."""
+        if not self.world.first:
+            return
         assert self.metrics is not None
         with _writing(self.path / "metrics.jsonl"):
             self.metrics.write(json.dumps({**fields, "time": time.time() - self.began}) + "\n")
@@ -158,14 +170,18 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """A small file of the run."""
+        if not self.world.first:
+            return
         with _writing(self.path / name):
             (self.path / name).write_text(text, encoding="utf-8")
 
     def save(self, state: State, meta: dict[str, Any], step: int, keep: int, name: str = "") -> Path:
         """A checkpoint; older ones beyond `keep` are deleted once it is safe."""
         root = self.path / "checkpoints"
-        path = checkpoint.save(root / (name or f"step-{step:09d}"), state, meta)
-        checkpoint.prune(root, keep)
+        path = checkpoint.save(root / (name or f"step-{step:09d}"), state, meta, self.world)
+        if self.world.first:
+            checkpoint.prune(root, keep)
+        self.world.wait()
         return path
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from scrimp.errors import UserError
 from scrimp.models.seams import matching
+from scrimp.sharding import like, sharded
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def load_moments(
             part, group = owner[id(p)]
             # As torch places them: counters stay on the host unless a fused kernel reads them on the device.
             host = moment == "step" and not (group.get("fused") or group.get("capturable"))
-            part.state[p][moment] = value.to("cpu" if host else p.device, copy=True)
+            place = "cpu" if host else p.device
+            part.state[p][moment] = like(p, value) if sharded(p) else value.to(place, copy=True)
 
 
 def other_than_sgd(optimizer: Optimizer) -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.draws import generator
+from scrimp.errors import UserError
+from scrimp.world import SAMPLES
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -83,6 +85,29 @@ def plain_evaluate(run: Run) -> Evaluate:
             run.model.train(training)
 
     return evaluate
+
+
+def counted(run: Run, batch: Batch) -> tuple[Tensor, int]:
+    """What the loss sums over, and the tokens that are trained on, in the parts of a batch that all ranks have."""
+    count, tokens = run.task.count(batch), tokens_of(run.task, batch)
+    if run.world.size == 1:
+        return count, tokens
+    return run.world.total(count), int(run.world.total(torch.tensor(tokens, device=count.device)))
+
+
+def share(run: Run, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
+    """step -> this rank's samples of the batch.
+
+    Raises:
+        UserError: if the ranks cannot share it evenly.
+    """
+    ranks, place, size = run.world.ranks(*SAMPLES), run.world.place(*SAMPLES), run.recipe.batch
+    if ranks == 1:
+        return batch
+    if size % ranks:
+        raise UserError(f"a batch of {size} cannot be shared by {ranks} ranks.", "batch", "Choose a multiple of them.")
+    part = slice(place * size // ranks, (place + 1) * size // ranks)
+    return lambda step: {name: value[part] for name, value in batch(step).items()}
 
 
 def tokens_of(task: Any, batch: Batch) -> int:

@@ -96,6 +96,23 @@ class GroupRule:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """How many ranks stand along each axis, where several train together."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    data: int = 0
+    """Share the samples of a batch; 0 for all ranks that other axes leave."""
+    tensor: int = 1
+    """Share each layer."""
+    pipeline: int = 1
+    """Share the blocks."""
+    context: int = 1
+    """Share the tokens of a sample."""
+    replica: int = 1
+    """Groups of `data` ranks that each hold all weights, where `zero` shards over `data`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything a run is. `(recipe, stage, decisions) -> run` is a function."""
 
@@ -117,6 +134,8 @@ class Recipe:
     """auto, cpu or cuda."""
     dtype: str = "float32"
     """Of weights: float32, float64 or bfloat16."""
+    mesh: Mesh = field(default_factory=Mesh)
+    """How many ranks share what, under `scrimp launch` or `torchrun`."""
     groups: dict[str, GroupRule] = field(default_factory=dict[str, GroupRule])
     """pattern of parameters -> multipliers of learning rate and decay."""
     validate: Validate = field(default_factory=Validate)
@@ -216,7 +235,7 @@ def _resolve(recipe: Recipe, faults: list[UserError]) -> dict[str, Any]:
         if f.name in values or f.name == "techniques":
             continue
         kind = {"groups": dict[str, GroupRule], "validate": Validate, "checkpoint": Checkpoint, "log": Log,
-                "stop": Stop, "sample": Sample, "batch": int, "seed": int}.get(f.name, str)  # fmt: skip
+                "stop": Stop, "sample": Sample, "mesh": Mesh, "batch": int, "seed": int}.get(f.name, str)  # fmt: skip
         if f.name == "duration" and isinstance(value, int | float):
             value = f"{value} step" if float(value).is_integer() else str(value)
         values[f.name] = validated(kind, value, f.name, faults)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -32,13 +32,18 @@ from scrimp.groups import (
     partition,
     trainable,
 )
-from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step
+from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step, share
 from scrimp.technique import SLOTS, Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
+from scrimp.world import ALONE, AXES, World
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
     from scrimp.technique import Backward, Batch, Evaluate, Loss, State, Step
+
+SERVING: Final = {"pipeline": ("pipeline",), "replica": ("replicate", "zero"), "data": ("replicate", "zero"),
+                  "context": ("context",), "tensor": ("tensor",)}  # fmt: skip
+"""Axis of the mesh -> the techniques to propose for it."""
 
 
 @dataclass
@@ -51,6 +56,8 @@ class Run:
     data: Any
     device: torch.device
     seed: int = 0
+    world: World = ALONE
+    """The ranks that train together."""
     memories: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     decisions: dict[str, Any] = field(default_factory=dict[str, Any])
     task: Any = None
@@ -137,6 +144,7 @@ def build(
     source: State | None = None,
     decisions: Mapping[str, Any] | None = None,
     order: Arrangement | None = None,
+    world: World = ALONE,
 ) -> Run:
     """A run, ready to train.
 
@@ -147,10 +155,12 @@ def build(
         source: weights that a new run starts from; what techniques add may be missing in it, and a task's head.
         decisions: what earlier stages decided, by technique.
         order: the order of the slots instead of the cards' own; for tests of order.
+        world: the ranks that build it together.
     Raises:
         UserError: if techniques do not fit the model, or weights do not fit it.
     """
-    run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed)
+    run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed, world)
+    check_ranks(run)
     run.decisions, run.task = dict(decisions or {}), prepared(recipe, data)
     run.remarks += emulated({t.name: t.card for t in recipe.techniques}, run.device.type)
     with on_meta(getattr(torch, recipe.dtype)):
@@ -172,7 +182,7 @@ def build(
     run.optimizer = make_optimizer(run)
     run.factor = run.fold("schedule", constant)
     run.index = run.fold("items", np.arange(len(data.train)))
-    run.batch = run.fold("batch", batches(run))
+    run.batch = share(run, run.fold("batch", batches(run)))
     run.loss = run.fold("loss", run.task.loss)
     run.backward = run.fold("backward", plain_backward(run))
     run.step = run.fold("step", plain_step(run))
@@ -215,6 +225,20 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
     initialize(model, seed, skip=before)
     run.model = run.fold("wrap", model)
     return run.fold("init", run.model)
+
+
+def check_ranks(run: Run) -> None:
+    """Whether techniques make use of every axis of the mesh.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    served = {axis for t in run.order.techniques for axis in t.card.axes}
+    for axis in AXES:
+        if run.world.ranks(axis) > 1 and axis not in served:
+            names = " or ".join(f"`{name}`" for name in SERVING[axis])
+            what = f"{run.world.ranks(axis)} ranks stand along the mesh's axis `{axis}`, and no technique uses it."
+            raise UserError(what, "mesh", f"Add {names} to `techniques`.")
 
 
 def check_needs(model: nn.Module, run: Run) -> None:

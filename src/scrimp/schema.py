@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from scrimp.reading import adapter
-from scrimp.recipe import Checkpoint, GroupRule, Log, Recipe, Sample, Stop, Validate
+from scrimp.recipe import Checkpoint, GroupRule, Log, Mesh, Recipe, Sample, Stop, Validate
 from scrimp.registry import BUILT_IN, catalogue, component, documented, taken, technique_class
 from scrimp.rules import CHOICES
 
@@ -21,7 +21,8 @@ def schema() -> dict[str, Any]:
     }
     named = {"type": "object", "additionalProperties": False, "properties": techniques}
     one = {"anyOf": [{"enum": sorted(techniques)}, {**named, "maxProperties": 1}]}
-    sections = {"validate": Validate, "checkpoint": Checkpoint, "log": Log, "stop": Stop, "sample": Sample}
+    sections = {"validate": Validate, "checkpoint": Checkpoint, "log": Log, "stop": Stop, "sample": Sample,
+                "mesh": Mesh}  # fmt: skip
     properties: dict[str, Any] = {
         "model": _component("models", {"preset": _text("A named size."), "from": _text("A Hugging Face folder.")}),
         "data": _component("datasets", {}),

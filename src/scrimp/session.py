@@ -20,6 +20,8 @@ from scrimp.meter import memory_peak
 from scrimp.models.generate import written
 from scrimp.restore import fingerprint
 from scrimp.run import Run
+from scrimp.sharding import whole
+from scrimp.world import ALONE, World
 
 if TYPE_CHECKING:
     from scrimp.technique import Batch, State
@@ -34,6 +36,7 @@ class Session:
 
     folder: RunFolder | None
     observe: Observe
+    world: World = ALONE
     validation: Sequence[Batch] = ()
     best: float = math.inf
     worse: int = 0
@@ -63,7 +66,8 @@ def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
     """A finished stage as named tensors, on disk when there is a run folder, so that no two models are held."""
     run.decisions = decisions
     if session.folder is None:
-        return {kind: {n: t.detach().cpu() for n, t in tensors.items()} for kind, tensors in run.state().items()}
+        state = run.state()
+        return {kind: {n: whole(t.detach()).cpu() for n, t in tensors.items()} for kind, tensors in state.items()}
     state, _ = checkpoint.load(snapshot(run, session, whole=True))
     return state
 

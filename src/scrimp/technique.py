@@ -108,6 +108,13 @@ class Card:
     refuses: Mapping[str, str] = field(default_factory=dict[str, str])
     """What others set (`sets`) that it cannot stand beside -> why, as a sentence. "frozen weights" is what every tuning
     method sets."""
+    axes: tuple[str, ...] = ()
+    """Axes of the mesh of ranks whose ranks it has train together."""
+    whole: str = ""
+    """Why each rank needs the whole weights for it, as a sentence; empty where its part of them suffices. Techniques
+    that shard weights are refused beside it."""
+    alone: str = ""
+    """Why it cannot go with several ranks at all, as a sentence; empty where it can."""
     micro_batches: bool = False
     """Whether it computes a batch in parts, which a task whose loss compares all items of a batch forbids."""
     phase: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -159,6 +166,11 @@ class Technique:
     def trained(self) -> tuple[str, ...]:
         """Patterns of the parameters that it trains with its settings, where it freezes all others."""
         return self.card.trains
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank holds only a part of the weights with its settings."""
+        return False
 
     def stages(self) -> tuple[str | float, ...]:
         """Durations from the start at which the run must be rebuilt, at the latest."""

@@ -8,22 +8,24 @@ import math
 import signal
 import time
 import traceback
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scrimp import checkpoint
 from scrimp.allocator import lean
 from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
-from scrimp.plain import tokens_of
+from scrimp.plain import counted
 from scrimp.products import fast_products
+from scrimp.recipe import Recipe
 from scrimp.restore import anew, base_of, reopened, same_data, starting_weights
 from scrimp.restore import whole as restored
 from scrimp.room import check_room, explained, out_of_memory
-from scrimp.run import Run, build
+from scrimp.run import Run, build, device_of
 from scrimp.session import (
     Observe,
     Session,
@@ -35,9 +37,9 @@ from scrimp.session import (
     snapshot,
 )
 from scrimp.stages import new_clock, stage_end, validation_batches
+from scrimp.world import World, arranged, joined
 
 if TYPE_CHECKING:
-    from scrimp.recipe import Recipe
     from scrimp.technique import State
 
 
@@ -58,6 +60,7 @@ def train(
     *,
     resume: str | Path | None = None,
     extend: str | None = None,
+    mesh: Mapping[str, int] | None = None,
     start: str | Path | None = None,
     observe: Observe = lambda event, fields: None,
     save: bool = True,
@@ -70,6 +73,7 @@ def train(
         recipe: what to train; not with `resume`, which reads the run's own.
         resume: a run's folder, or one of its checkpoints; continues bitwise. One that is at its end stays as it is.
         extend: with `resume`, a duration to add to the run; from where it stopped, if it was stopped early.
+        mesh: with `resume`, another mesh of ranks than the run's own, such as `{"tensor": 2}`.
         start: a run whose final weights a new run starts from.
         observe: is told of every step.
         save: whether to write a run folder.
@@ -78,16 +82,21 @@ def train(
     Raises:
         UserError: for what a user can mend; a checkpoint is never lost by it.
     """
-    _check_arguments(recipe, resume, extend, start)
+    _check_arguments(recipe, resume, extend, start, mesh)
     lean()
-    session = Session(None, observe, start=str(Path(start).absolute()) if start is not None else None)
+    with joined():
+        session = Session(None, observe, start=str(Path(start).absolute()) if start is not None else None)
+        if resume is not None:
+            return _guarded(session, lambda: _resumed(resume, extend, mesh, data, session, force))
+        assert recipe is not None
+        return _guarded(session, lambda: _new(recipe, data, session, save, force))
+
+
+def _guarded(session: Session, begin: Callable[[], Begun]) -> Result:
+    """A run from its beginning to its end, whatever ends it."""
     begun: Begun | None = None
     try:
-        if resume is not None:
-            begun = _resumed(resume, extend, data, session, force)
-        else:
-            assert recipe is not None
-            begun = _new(recipe, data, session, save, force)
+        begun = begin()
         if session.folder is not None:
             session.folder.open(begun.clock.step, begun.recipe)
         with _interruptible(session), fast_products():
@@ -98,6 +107,8 @@ def train(
         # The frames hold the run; without them its memory is free for the plans that follow.
         traceback.clear_frames(error.__traceback__)
         begun.last = begun.source = None
+        if session.world.size > 1:
+            raise UserError(f"memory ran out on rank {session.world.rank}.", "memory", "Plan with --ranks.") from None
         raise explained(begun.recipe, begun.data) from None
     finally:
         if session.folder is not None:
@@ -119,8 +130,9 @@ class Begun:
 
 
 def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -> Begun:
-    data = recipe.data.open() if data is None else data
-    if not force:
+    session.world = arranged(recipe.mesh, device_of(recipe).type)
+    data = _opened(recipe.data.open, session.world) if data is None else data
+    if not force and session.world.size == 1:
         check_room(recipe, data)
     session.base = base_of(recipe, session.start)
     begun = Begun(recipe, data, new_clock(recipe, data), source=starting_weights(recipe, data, session.start))
@@ -128,16 +140,32 @@ def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -
         verb = "begins" if len(new) == 1 else "begin"
         session.observe("note", {"text": f"Note: {' and '.join(new)} {verb} anew: the weights have none that fit."})
     if save:
-        session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None))
+        session.folder = RunFolder.create(recipe, getattr(data, "tokenizer", None), session.world)
     return begun
 
 
-def _resumed(place: str | Path, extend: str | None, data: Any, session: Session, force: bool) -> Begun:
-    # Locked before anything is read, which another process might replace meanwhile.
+def _opened(opening: Callable[[], Any], world: World) -> Any:
+    """Opened data: the first rank builds what is built once, and the others find it."""
+    if not world.first:
+        world.wait()
+    data = opening()
+    if world.first:
+        world.wait()
+    return data
+
+
+def _resumed(
+    place: str | Path, extend: str | None, mesh: Mapping[str, int] | None, data: Any, session: Session, force: bool
+) -> Begun:
     session.folder = RunFolder(RunFolder.newest(place).parent.parent)
+    recipe = Recipe.load(session.folder.path / "recipe.yaml")
+    if mesh is not None:
+        recipe = replace(recipe, mesh=mesh)
+    session.folder.world = session.world = arranged(recipe.mesh, device_of(recipe).type)
+    # Locked before anything is read, which another process might replace meanwhile.
     session.folder.lock()
-    _, recipe, state, meta = RunFolder.reopen(place)
-    data = reopened(recipe, meta) if data is None else data
+    state, meta = checkpoint.load(RunFolder.newest(place))
+    data = _opened(lambda: reopened(recipe, meta), session.world) if data is None else data
     same_data(data, meta)
     clock = Clock(**meta["clock"])
     session.restore(meta)
@@ -146,14 +174,12 @@ def _resumed(place: str | Path, extend: str | None, data: Any, session: Session,
         clock.end = clock.position if session.ended else clock.end
         clock.end += clock.at(Duration.parse(extend, "--extend"))
         session.go_on()
-    if not (force or session.ended):
+    if not (force or session.ended or session.world.size > 1):
         check_room(recipe, data, clock)
     return Begun(recipe, data, clock, restored(recipe, data, state, meta), decisions=meta["decisions"])
 
 
-def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
-    from scrimp.recipe import Recipe
-
+def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any, mesh: Any) -> None:
     if recipe is not None and not isinstance(recipe, Recipe):
         fix = "Write scrimp.train(scrimp.Recipe.load(PATH)), or scrimp.Recipe.read(MAPPING)."
         raise UserError(f"needs a Recipe, not {recipe!r}.", "train", fix)
@@ -161,6 +187,8 @@ def _check_arguments(recipe: Any, resume: Any, extend: Any, start: Any) -> None:
         raise UserError("give either a recipe or a run to resume.", "train")
     if extend is not None and resume is None:
         raise UserError("there is no run to extend.", "--extend", "Give it together with --resume.")
+    if mesh is not None and resume is None:
+        raise UserError("a new run's mesh stands in its recipe.", "mesh", "Set `mesh` there.")
     if start is not None and resume is not None:
         raise UserError("a resumed run keeps its weights.", "--from", "Begin a new run with it.")
 
@@ -171,12 +199,12 @@ def _stages(begun: Begun, session: Session) -> Result:
     told: list[str] = []
     while True:
         last, source, begun.last, begun.source = begun.last, begun.source, None, None
-        run = build(recipe, begun.data, clock, last, source, begun.decisions)
+        run = build(recipe, begun.data, clock, last, source, begun.decisions, world=session.world)
         del last, source
         session.validation = validation_batches(run)
         session.observe("stage", {"run": run, "clock": clock})
         for remark in run.remarks:
-            if remark not in told:
+            if remark not in told and session.world.first:
                 session.observe("note", {"text": f"Note: {remark}"})
         told = run.remarks
         reason = session.ended or _stage(run, stage_end(run), session)
@@ -202,9 +230,9 @@ def _stage(run: Run, end: int, session: Session) -> str:
         began = time.perf_counter()
         session.energy.joules()
         batch = run.batch(clock.step)
-        count, tokens = run.task.count(batch), tokens_of(run.task, batch)
+        count, tokens = counted(run, batch)
         lr = run.set_lr()
-        loss = run.backward(batch, count)
+        loss = run.world.total(run.backward(batch, count))
         value = run.read(loss, worst=0.0)
         if not math.isfinite(value):
             raise non_finite(run, value)
@@ -219,7 +247,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
         # Before an interruption, which would save a run that resumes without the cut.
         if run.signals and not clock.done:
             break
-        if session.interrupted and not clock.done:
+        if run.world.any(session.interrupted) and not clock.done:
             snapshot(run, session)
             return "interrupted"
         if save and clock.step % save == 0 and not clock.done:

@@ -16,6 +16,7 @@ from scrimp.disk import settle
 from scrimp.draws import generator
 from scrimp.errors import UserError, did_you_mean
 from scrimp.models.seams import matching
+from scrimp.sharding import put
 from scrimp.technique import Technique
 
 HEADS: Final = ("head.", "head_transform.", "head_project.", "pooler.")
@@ -108,7 +109,7 @@ def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> Non
         for name, p in own.items() if fill is not None else ():
             value = torch.empty(p.shape, dtype=torch.float32)
             fill(name, value, generator(seed, f"{path}.{name}" if path else name))  # type: ignore[misc]
-            p.copy_(value)
+            put(p, value)
             settle(p)
         if fill is None:
             reset = getattr(module, "reset_parameters", None)
@@ -150,5 +151,5 @@ def load_weights(model: nn.Module, given: Mapping[str, Tensor], needed: Callable
         fix = f"{near}Give the `model`, and the `data.tokenizer` and `data.vocab`, that the weights were trained with."
         raise UserError(f"the weights do not fit the model. {what}.", "checkpoint", fix)
     for name, tensor in given.items():
-        own[name].copy_(tensor)
+        put(own[name], tensor)
         settle(own[name])

@@ -1,0 +1,68 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Ranks that hold the same weights and see different samples: torch's DistributedDataParallel around a loss.
+
+The wrapped module is the loss, not the model, so that the model keeps its names and every task its own way of calling
+it. Each rank's loss is its part of the whole batch's sum over the whole batch's count, and gradients are summed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from scrimp.world import SAMPLES
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
+    from scrimp.technique import Backward, Batch
+
+
+class Summed(nn.Module):
+    """(batch, count) -> the loss of this rank's samples over the count of all ranks'."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.model, self.run = run.model, run
+
+    def forward(self, batch: Batch, count: Tensor) -> Tensor:
+        """The loss, a scalar."""
+        assert self.run.loss is not None
+        return self.run.loss(self.model, batch) / count
+
+
+def summed(run: Run, bucket: float) -> Backward:
+    """A backward that leaves on every rank the gradient of the whole batch.
+
+    Args:
+        bucket: megabytes of gradients that are sent together, while those of earlier layers are computed.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    with warnings.catch_warnings():
+        # Its successor cannot be told to leave buffers alone, which are the same on all ranks by construction.
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        reducer = DistributedDataParallel(
+            Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False, init_sync=False,
+            gradient_as_bucket_view=True, find_unused_parameters=True,
+        )  # fmt: skip
+    ranks = run.world.ranks(*SAMPLES)
+
+    def backward(batch: Batch, count: Tensor) -> Tensor:
+        loss: Any = reducer(batch, count)
+        # Torch takes the mean over ranks; the count is that of all of them already.
+        (loss * ranks).backward()
+        return loss.detach()
+
+    return backward
+
+
+def _group(run: Run) -> Any:
+    """The ranks that see other samples with the same weights."""
+    world = run.world
+    assert world.mesh is not None
+    axes = [axis for axis in (*SAMPLES, "context") if world.ranks(axis) > 1]
+    if len(axes) == 1:
+        return world.group(axes[0])
+    return world.mesh[tuple(axes)]._flatten("samples").get_group()  # pyright: ignore[reportPrivateUsage]

@@ -1,0 +1,166 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""The ranks that train together, where each stands in the mesh, and what they must agree on.
+
+A rank is a process with a device of its own. The mesh gives every rank a place on each axis; its axes, from the one
+whose ranks talk least to the one whose ranks talk most:
+
+    pipeline    ranks hold consecutive blocks
+    replica     ranks hold the same, and see different samples of a batch
+    data        likewise; `zero` shards weights and states over this axis
+    context     ranks see different tokens of the same samples
+    tensor      ranks hold parts of each layer, and see the same samples
+
+Torch's process groups do all the sending. Outside of `torchrun` and `scrimp launch` there is one rank, and nothing
+here sends anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from scrimp.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from scrimp.recipe import Mesh
+
+AXES: Final = ("pipeline", "replica", "data", "context", "tensor")
+SAMPLES: Final = ("replica", "data")
+"""Axes whose ranks see different samples of a batch."""
+WAIT: Final = timedelta(minutes=10)
+"""How long a rank waits for the others before it gives up."""
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks of a run, as this one sees them."""
+
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+    """None for a single rank."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes what only one needs to write."""
+        return self.rank == 0
+
+    def ranks(self, *axes: str) -> int:
+        """How many ranks there are along some axes."""
+        found = 1
+        for axis in axes:
+            found *= self.mesh[axis].size() if self.mesh is not None else 1
+        return found
+
+    def place(self, *axes: str) -> int:
+        """This rank's place among those of some axes, the last axis varying fastest."""
+        found = 0
+        for axis in axes:
+            found = found * self.ranks(axis) + (self.mesh.get_local_rank(axis) if self.mesh is not None else 0)
+        return found
+
+    def group(self, axis: str) -> Any:
+        """The process group of the ranks that share this one's place on all other axes."""
+        assert self.mesh is not None
+        return self.mesh.get_group(axis)
+
+    def total(self, value: Tensor, *axes: str) -> Tensor:
+        """The sum of a tensor over the ranks of some axes (those that see other samples or tokens), in a new one."""
+        for axis in axes or (*SAMPLES, "context"):
+            if self.ranks(axis) > 1:
+                value = value.clone()
+                torch.distributed.all_reduce(value, group=self.group(axis))
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return flag if self.mesh is None else any(self.gathered(flag))
+
+    def gathered(self, thing: Any) -> list[Any]:
+        """What each rank has, in order of ranks."""
+        if self.mesh is None:
+            return [thing]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, thing)
+        return found
+
+    def told(self, thing: Any) -> Any:
+        """What the first rank has."""
+        if self.mesh is None:
+            return thing
+        box = [thing]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.mesh is not None:
+            torch.distributed.barrier()
+
+
+ALONE: Final = World()
+
+
+@contextmanager
+def joined() -> Generator[None]:
+    """The process group of the ranks that `torchrun` or `scrimp launch` started; nothing for a single process.
+
+    A group that somebody's own program has opened is used, and left open.
+    """
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def arranged(mesh: Mesh, device: str) -> World:
+    """The ranks of the open process group in the mesh of a recipe.
+
+    Raises:
+        UserError: if the mesh has another number of ranks.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    shape = sizes(mesh, size)
+    if size == 1:
+        return ALONE
+    return World(dist.get_rank(), size, init_device_mesh(device, tuple(shape.values()), mesh_dim_names=AXES))
+
+
+def sizes(mesh: Mesh, ranks: int) -> dict[str, int]:
+    """axis -> its number of ranks, where `data` takes those that no other axis takes.
+
+    Raises:
+        UserError: if they do not make up so many ranks.
+    """
+    shape = {axis: getattr(mesh, axis) for axis in AXES}
+    fixed = 1
+    for axis, count in shape.items():
+        fixed *= count if axis != "data" or count else 1
+    if not shape["data"]:
+        shape["data"] = max(1, ranks // fixed)
+        fixed *= shape["data"]
+    if fixed != ranks:
+        told = ", ".join(f"{axis}: {count}" for axis, count in shape.items() if count > 1) or "a single rank"
+        what = f"the mesh ({told}) has {fixed} {'rank' if fixed == 1 else 'ranks'}, and {ranks} run."
+        raise UserError(what, "mesh", f"Start {fixed} with `scrimp launch --ranks {fixed}`, or change `mesh`.")
+    return shape
