@@ -24,6 +24,7 @@ from scrimp.errors import UserError
 from scrimp.groups import Multipliers, trainable
 from scrimp.models.layers import MLP, Attention, CrossAttention, Embedding, Norm
 from scrimp.models.seams import Linear, blocks
+from scrimp.sharding import put
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -212,7 +213,7 @@ def fill(model: nn.Module, seed: int, prefix: str, factor: Factor = lambda name,
             _fill_matrix(path, module, model, seed, prefix, factor)
     for name, p in model.named_parameters():
         if name.rpartition(".")[2] == "class_token":
-            p.copy_(_normal(p.shape, p.shape[-1], seed, f"{prefix}/{name}") * factor(name, ""))
+            put(p, _normal(p.shape, p.shape[-1], seed, f"{prefix}/{name}") * factor(name, ""))
 
 
 def _fill_matrix(path: str, layer: Any, model: nn.Module, seed: int, prefix: str, factor: Factor) -> None:
@@ -221,7 +222,7 @@ def _fill_matrix(path: str, layer: Any, model: nn.Module, seed: int, prefix: str
     parent = model.get_submodule(above)
     if isinstance(layer, Embedding) or child == "patches":
         size = max(1, shape[1])
-        layer.weight.copy_(_normal(shape, size, seed, f"{prefix}/{name}") * factor(name, ""))
+        put(layer.weight, _normal(shape, size, seed, f"{prefix}/{name}") * factor(name, ""))
         return
     parts = rows_of(parent, child, shape[0])
     label = f"{prefix}/{path if isinstance(parent, Attention | CrossAttention | MLP) else name}"
@@ -229,7 +230,7 @@ def _fill_matrix(path: str, layer: Any, model: nn.Module, seed: int, prefix: str
         _xavier(torch.Size((rows, shape[1])), seed, f"{label}/{i}" if len(parts) > 1 else label) * factor(name, part)
         for i, (part, rows) in enumerate(parts.items())
     ]
-    layer.weight.copy_(torch.cat(pieces))
+    put(layer.weight, torch.cat(pieces))
 
 
 def rows_of(parent: nn.Module, child: str, rows: int) -> dict[str, int]:

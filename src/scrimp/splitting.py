@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.world import ALONE, SAMPLES, World
 
 if TYPE_CHECKING:
+    from scrimp.run import Run
     from scrimp.technique import Backward, Batch
 
 
@@ -55,10 +57,24 @@ def check_parts(parts: int, batch: int, where: str, even: bool = False) -> None:
         raise UserError(what, where, "Choose a `parts` that divides `batch`.")
 
 
+def own_parts(parts: int, run: Run, where: str) -> int:
+    """How many of the parts of a batch fall to this rank.
+
+    Raises:
+        UserError: if the batch cannot be split so, or the parts cannot be shared evenly.
+    """
+    check_parts(parts, run.recipe.batch, where, even=True)
+    ranks = run.world.ranks(*SAMPLES)
+    if parts % ranks:
+        fix = f"Choose a multiple of {ranks}."
+        raise UserError(f"{parts} parts of a batch cannot be shared by {ranks} ranks.", where, fix)
+    return parts // ranks
+
+
 def compared(
-    backward: Backward, pieces: Sequence[Batch], count: Tensor, weights: Sequence[nn.Parameter]
+    backward: Backward, pieces: Sequence[Batch], count: Tensor, weights: Sequence[nn.Parameter], world: World = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `accumulated`, bitwise, and what the gradients of the parts tell.
+    """As `accumulated`, bitwise, and what the gradients of the parts tell, with those of other ranks.
 
     They are measured on their way into `.grad`, so that no copy of them is needed. A part's gradient counts as P times
     what it adds to the whole one: parts with more targets weigh more.
@@ -66,7 +82,7 @@ def compared(
     Returns:
         the loss, the variance v of a part's gradient, and the square m of the true one; float64.
     """
-    parts = len(pieces)
+    parts = len(pieces) * world.ranks(*SAMPLES)
     total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
     def arrived(grad: Tensor) -> None:
@@ -78,6 +94,8 @@ def compared(
     finally:
         for hook in hooks:
             hook.remove()
+    # What arrives is a rank's own; what is left in `.grad` is summed over all.
+    total = world.total(total)
     whole = torch.zeros_like(total)
     for p in weights:
         if p.grad is not None:

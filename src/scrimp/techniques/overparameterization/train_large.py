@@ -73,6 +73,7 @@ class TrainLarge(Technique):
             "frozen weights": "It begins with a larger model, for which there are no weights to freeze.",
         },
         phase={"model": "sizes", "carry": "widen", "loss": "auxiliary", "export": "whole"},
+        whole="heads and neurons are ranked by whole weights.",
         example={"hidden": 1.5, "heads": 2.0, "layers": 1, "until": "4 step"},
     )
     hidden: float = 2.0

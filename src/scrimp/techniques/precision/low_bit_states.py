@@ -54,6 +54,7 @@ class LowBitStates(Technique):
         sets=("storage of optimizer states",),
         phase={"optimizer": "states", "carry": "decoded"},
         refuses={"place of optimizer states": "it moves states whole, and these are codes between steps."},
+        whole="blocks of a part are not those of the whole, so that numbers would depend on the mesh.",
         example={"smallest": 64},
         neutral={"smallest": 1_000_000_000},
         remedies=({"bits": 8}, {"bits": 4}),

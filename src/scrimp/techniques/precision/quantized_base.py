@@ -55,6 +55,7 @@ class QuantizedBase(Technique):
             "shared blocks": "Shared weights are trained; export them, and pack the export.",
         },
         phase={"model": "frozen", "init": "packed", "carry": "packed", "export": "packed"},
+        whole="weights are packed whole.",
         example={"targets": "attention.*"},
         remedies=({},),
     )

@@ -60,6 +60,7 @@ class GraSP(Technique):
             "head loss": "a loss joined with its head cannot be differentiated twice.",
             "matrix product": "rounded products cannot be differentiated twice.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )
@@ -109,7 +110,7 @@ class GraSP(Technique):
         self, run: Run, batch: Batch, weights: dict[str, nn.Parameter], heads: list[nn.Module]
     ) -> dict[str, Tensor]:
         with sdpa_kernel(SDPBackend.MATH), cooled(heads, self.temperature):
-            found = grasp(self._losses(run, batch), list(weights.values()))
+            found = grasp(self._losses(run, batch), list(weights.values()), run.world.total)
         return {name: -s for name, s in zip(weights, found, strict=True)}
 
     def _losses(self, run: Run, first: Batch) -> list[Callable[[], Tensor]]:
@@ -121,7 +122,7 @@ class GraSP(Technique):
 
         found: list[Callable[[], Tensor]] = []
         for batch in scored_batches(run, first, self.batches, run.where(self, "batches")):
-            count = run.task.count(batch)
+            count = run.world.total(run.task.count(batch))
             found += [partial(loss, piece, count) for piece in split(batch, self.parts)]
         return found
 

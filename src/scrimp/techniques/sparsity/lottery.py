@@ -73,6 +73,7 @@ class Lottery(Technique):
             "export": "merged",
         },
         refuses={"frozen weights": "masks are of weights that are trained, and tuning freezes them."},
+        whole="masks are of whole weights.",
         example={"rounds": 2, "fraction": 0.5, "rewind": 0.25},
         neutral={"rounds": 0},
     )  # fmt: skip

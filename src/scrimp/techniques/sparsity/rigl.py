@@ -60,6 +60,7 @@ class RigL(Technique):
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",
             "width schedule": "masks have the shapes of their weights, which it changes.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5, "interval": "2 step"},
         neutral={"density": 1.0, "interval": "1000 step"},
     )

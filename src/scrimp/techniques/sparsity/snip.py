@@ -52,6 +52,7 @@ class SNIP(Technique):
             "width schedule": "masks have the shapes of their weights, which it changes.",
             "closed branches": "every weight of a branch that begins at zero has a score of 0.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.models.seams import Linear
+from scrimp.sharding import whole
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Prompt(Technique):
             ids = (said * self.length)[: self.length]
         else:
             ids = torch.randint(len(embedding), (self.length,), generator=generator(run.seed, f"{self.name}/rows"))
-        return embedding[torch.as_tensor(ids, device=embedding.device)]
+        return whole(embedding)[torch.as_tensor(ids, device=embedding.device)]
 
     def _encoder(self, width: int) -> nn.Module | None:
         if self.encoder == "none":
