@@ -55,8 +55,7 @@ def summed(run: Run, bucket: float) -> Backward:
             Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False, init_sync=False,
             gradient_as_bucket_view=True, find_unused_parameters=True,
         )  # fmt: skip
-    # Torch looks at the annotations, which are texts here; a lambda has none.
-    reducer.register_comm_hook(_group(run), lambda group, bucket: _sum(group, bucket))
+    reducer.register_comm_hook(_group(run), _sum)
 
     def backward(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = reducer(batch, count)
@@ -68,32 +67,39 @@ def summed(run: Run, bucket: float) -> Backward:
 
 def _planned(run: Run) -> Backward:
     """The same for tensors without values, which torch's engine cannot take: buckets that stay, and what is sent."""
-    held = [p for p in run.model.parameters() if p.requires_grad]
-    buckets = [torch.empty_like(p) for p in held]
+    held: list[Tensor] = [p for p in run.model.parameters() if p.requires_grad]
+    buckets = {p: torch.empty_like(p) for p in held}
 
-    def arrive(p: Tensor, bucket: Tensor) -> None:
+    def arrive(p: Tensor) -> None:
         assert p.grad is not None
-        p.grad = bucket.copy_(p.grad)
+        p.grad = buckets[p].copy_(p.grad)
 
-    for p, bucket in zip(held, buckets, strict=True):
-        p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: arrive(p, bucket))
+    for p in held:
+        p.register_post_accumulate_grad_hook(arrive)
     job, group = Summed(run), _group(run)
 
     def backward(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = job(batch, count)
         loss.backward()
-        for bucket in buckets:
+        for bucket in buckets.values():
             torch.distributed.all_reduce(bucket, group=group)
         return loss.detach()
 
     return backward
 
 
-def _sum(group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    """The sum of a bucket of gradients over the ranks: torch's default is the mean, but losses are divided already."""
+def _sum(group, bucket) -> Any:  # pyright: ignore
+    """The sum of a bucket of gradients over the ranks: torch's default is the mean, but losses are divided already.
+
+    Without annotations, which are texts here: torch compares them with its own class.
+    """
     buffer = bucket.buffer()
-    sent = torch.distributed.all_reduce(buffer, group=group, async_op=True)
-    return sent.get_future().then(lambda _: buffer)
+    sent: Any = torch.distributed.all_reduce(buffer, group=group, async_op=True)
+
+    def arrived(_: Any) -> Tensor:
+        return buffer
+
+    return sent.get_future().then(arrived)
 
 
 def _group(run: Run) -> Any:

@@ -90,6 +90,7 @@ class Zero(Technique):
         for part in _sharded(model):
             # Losses are divided by the count of all ranks already.
             part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
         for method in getattr(type(model), "entries", ()):
             register_fsdp_forward_method(model, method)
         return model
@@ -98,7 +99,7 @@ class Zero(Technique):
         """Scalars, which cannot be sharded, stay whole: their gradients are summed over the ranks here."""
         for p in model.parameters():
             if self.shards and p.requires_grad and not p.ndim:
-                p.register_hook(lambda grad: run.world.total(grad))
+                p.register_hook(run.world.total)
         return model
 
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:

@@ -1,0 +1,124 @@
+"""What ranks do in tests of layouts: they train tiny recipes, and tell what came out.
+
+References are computed by the test in one process and handed over in a file named by SCRIMP_TEST_FILES.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scrimp.errors import UserError
+from scrimp.meter import LiveBytes
+from scrimp.recipe import Recipe
+from scrimp.registry import modules, technique_class
+from scrimp.run import Run
+from scrimp.sharding import whole
+from scrimp.training import train
+from tiny import TinyData, example, recipe
+
+AXES = {axis for name in modules() for axis in technique_class(name).card.axes}
+LAYOUTS: dict[str, tuple[Any, ...]] = {
+    "replicate": ("replicate", {}),
+    "zero, stage 1": ("zero", {"stage": 1}),
+    "zero, stage 2": ("zero", {"stage": 2}),
+    "zero, stage 3": ("zero", {"stage": 3}),
+}
+
+
+def files() -> Path:
+    """Where a test and its ranks meet."""
+    return Path(os.environ["SCRIMP_TEST_FILES"])
+
+
+def made(*techniques: Any, **settings: Any) -> Recipe:
+    """A recipe in float64, whose batch several ranks can share."""
+    if not any("update rule" in t.card.sets for t in techniques):
+        techniques = (*techniques, technique_class("sgd")(lr=0.1, momentum=0.9))
+    common: dict[str, Any] = {"dtype": "float64", "batch": 8, "duration": "4 step", "sample": {"tokens": 0}}
+    return recipe(*techniques, **(common | {"validate": {"every": "2 step", "batches": 1}} | settings))
+
+
+def layout(name: str) -> Any:
+    """The technique of a layout."""
+    kind, settings = LAYOUTS[name]
+    return technique_class(kind)(**settings)
+
+
+def state(run: Run) -> dict[str, Tensor]:
+    """All named tensors, whole."""
+    return {f"{kind}/{n}": whole(t.detach()).clone() for kind, named in run.state().items() for n, t in named.items()}
+
+
+def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """The largest relative difference of what both have; each tensor by its own largest value."""
+    gaps = [
+        float((found[n].double() - t.double()).abs().max() / t.double().abs().max().clamp(min=1e-12))
+        for n, t in wanted.items()
+        if n in found and t.numel()
+    ]
+    return max(gaps)
+
+
+def parity() -> dict[str, Any]:
+    """layout -> difference of weights and moments from one process, and the validation."""
+    wanted = torch.load(files() / "alone.pt")
+    found: dict[str, Any] = {}
+    for name in LAYOUTS:
+        result = train(made(layout(name), example("clip")), save=False)
+        found[name] = [apart(state(result.run), wanted), result.validation["loss"]]
+    return found
+
+
+def catalogue() -> dict[str, Any]:
+    """layout/technique -> the difference from one process, or why it is refused."""
+    found: dict[str, Any] = {}
+    for name in ("replicate", "zero, stage 3"):
+        for path in sorted(files().glob("*.pt")):
+            kind = path.stem
+            if kind == "alone":
+                continue
+            try:
+                run = train(made(example(kind), layout(name)), save=False, force=True).run
+                found[f"{name}/{kind}"] = apart(state(run), torch.load(path))
+            except UserError as error:
+                found[f"{name}/{kind}"] = str(error)
+    return found
+
+
+def live() -> dict[str, int]:
+    """layout -> the highest live bytes of a rank."""
+    found: dict[str, int] = {}
+    for name in LAYOUTS:
+        with LiveBytes() as meter:
+            train(measured(name), save=False, force=True)
+        found[name] = meter.peak
+    return found
+
+
+def measured(name: str) -> Recipe:
+    """The recipe whose memory is planned and measured."""
+    model = {"layers": 4, "width": 64, "heads": 4, "dropout": 0.1}
+    return recipe(example("adamw"), layout(name), model=model, data=TinyData(context=32), batch=8, duration="3 step",
+                  sample={"tokens": 0}, validate={"every": 0})  # fmt: skip
+
+
+def saved() -> str:
+    """A run of zero that is saved on the way; returns its folder."""
+    settings = {"data": "text", "out": str(files()), "name": "run", "checkpoint": {"every": "2 step", "keep": 9}}
+    data = made().data
+    train(made(layout("zero, stage 3"), **settings), data=data.open(), force=True)
+    return str(files() / "run")
+
+
+def resumed() -> float:
+    """The same run resumed from its first checkpoint by these ranks: the difference at its end from one process."""
+    data = made().data
+    copy = files() / f"copy-{dist.get_world_size()}"
+    result = train(resume=copy / "checkpoints/step-000000002", data=data.open(), force=True)
+    return apart(state(result.run), torch.load(files() / "alone.pt"))
