@@ -39,7 +39,8 @@ def test_equals_the_fused_kernel(kind: str) -> None:
     mask, causal = masks(kind, 13), kind == "causal"
     ours, theirs = inputs(), inputs()
     y = FlashCore("tiled", SRAM)(*ours, causal, mask)
-    wanted = F.scaled_dot_product_attention(*theirs, mask, is_causal=causal, enable_gqa=True)
+    q, k, v = theirs
+    wanted = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     torch.testing.assert_close(y, wanted, atol=1e-6, rtol=1e-5)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
     y.backward(dy)
@@ -92,7 +93,7 @@ def test_memory_grows_with_the_tokens_and_not_with_their_square() -> None:
     def peak(tokens: int) -> int:
         q, k, v = inputs(1, 1, tokens)
         with LiveBytes() as meter:
-            FlashCore("tiled", SRAM * 4)(q, k, v, True).sum().backward()
+            FlashCore("tiled", SRAM * 8)(q, k, v, True).sum().backward()
         return meter.peak
 
     small, large = peak(32), peak(256)
