@@ -192,7 +192,7 @@ def watch_kept(model: nn.Module, cores: dict[str, Any], run: Run, technique: Tec
     model.register_forward_hook(tell)
 
 
-def collected(cores: dict[str, Any]) -> Tensor | None:
+def collected(cores: dict[str, SparseCore]) -> Tensor | None:
     """The sum over cores of the losses that they are due, each the mean of its calls; they are due no more."""
     means = [torch.stack(core.due).mean() for core in cores.values() if core.due]
     for core in cores.values():
@@ -200,9 +200,15 @@ def collected(cores: dict[str, Any]) -> Tensor | None:
     return torch.stack(means).sum() if means else None
 
 
-def own(named: dict[str, Tensor], cores: dict[str, Any]) -> dict[str, Tensor]:
-    """Named tensors without those of cores."""
-    return {n: t for n, t in named.items() if not n.startswith(tuple(f"{path}.core." for path in cores))}
+def sparse_cores(model: nn.Module, name: str) -> dict[str, SparseCore]:
+    """The cores that a technique has put into a model, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, SparseCore) and m.name == name}
+
+
+def without(named: dict[str, Tensor], model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Named tensors without those of a technique's cores."""
+    paths = tuple(f"{path}." for path in sparse_cores(model, name))
+    return {n: t for n, t in named.items() if not n.startswith(paths)}
 
 
 @contextmanager

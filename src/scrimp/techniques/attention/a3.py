@@ -6,18 +6,18 @@
     kept       keys whose score is above 0, the best of a row where there is none, and of these
                q k_i / sqrt(D) >= largest of them + ln(weight):   at least this share of the largest weight
 
-The hardware has each column of the keys sorted and a pointer to its largest and its smallest product, and takes the best
-of D pointers a cycle. What it has taken after M cycles are the M largest and the M smallest of all products, so that here
-they are selected at once; only the rule that leaves out a smallest one goes step by step. With as many steps as there are
-products, a score is the exact product, as long as no negative one is left out. `search: all` is the exact base design,
-whose only approximation is `weight`.
+The hardware has each column of the keys sorted and a pointer to its largest and its smallest product, and takes the
+best of D pointers a cycle. What it has taken after M cycles are the M largest and the M smallest of all products, so
+that here they are selected at once; only the rule that leaves out a smallest one goes step by step. With as many steps
+as there are products, a score is the exact product, as long as no negative one is left out. `search: all` is the exact
+base design, whose only approximation is `weight`.
 
 Paper: Ham et al., "A3: Accelerating Attention Mechanisms in Neural Networks with Approximation", HPCA 2020, arXiv
 2002.10941. `bits` are its fixed-point numbers: so many after the point, and 4 with the sign before it; gradients pass.
 
-Saves: on such hardware, products of keys that do not matter. Costs: here all of it is computed in full, T S D products at
-a time, and a mask of all pairs is kept for the backward pass. Not for: training time on any CPU or GPU; long sequences,
-as the search takes memory; models whose weights are spread over many keys.
+Saves: on such hardware, products of keys that do not matter. Costs: here all of it is computed in full, T S D products
+at a time, and a mask of all pairs is kept for the backward pass. Not for: training time on any CPU or GPU; long
+sequences, as the search takes memory; models whose weights are spread over many keys.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class A3(Technique):
         phase={"model": "seams"},
         emulated=("cpu", "cuda"),
         example={"bits": 6},
-        neutral={"search": "all", "weight": 0.0},
+        neutral={"search": "all", "weight": 0.0, "bits": 0},
     )
     targets: str = "attention|cross"
     """Pattern of the attentions whose core is replaced."""

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.cores import SparseCore, best, own, replace_cores, watch_kept
+from scrimp.cores import SparseCore, best, replace_cores, watch_kept, without
 from scrimp.draws import generator
 from scrimp.technique import Card, Technique, at_least
 
@@ -112,9 +112,7 @@ class Elsa(Technique):
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Without thresholds."""
-        return own(
-            named, {n: m for n, m in run.model.named_modules() if isinstance(getattr(m, "core", None), SparseCore)}
-        )
+        return without(named, run.model, self.name)
 
 
 class Angles(nn.Module):
