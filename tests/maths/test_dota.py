@@ -33,16 +33,16 @@ def square(tokens: int, causal: bool = False) -> Tensor:
 
 
 def test_the_projection_keeps_products_on_average() -> None:
-    parts = torch.stack([ternary(8, 4, generator(i, "p")) for i in range(4000)])
+    parts = torch.stack([ternary(8, 4, generator(i, "p")) for i in range(1000)])
     assert sorted(set(parts.unique().tolist())) == pytest.approx([-((3 / 4) ** 0.5), 0, (3 / 4) ** 0.5])
     mean = (parts @ parts.transpose(1, 2)).mean(0)
-    torch.testing.assert_close(mean, torch.eye(8), atol=0.1, rtol=0)
+    torch.testing.assert_close(mean, torch.eye(8), atol=0.15, rtol=0)
 
 
 def test_the_estimate_is_the_product_of_projected_heads() -> None:
     made, (q, k) = detector(bits=0, rank=0.5), drawn(2, 1, 2, 5, 8)
     with torch.no_grad():
-        made.queries += drawn(2, 4, 4)
+        made.queries.add_(drawn(2, 4, 4))
     for h in range(2):
         a = q[0, h] @ made.projection @ made.queries[h]
         b = k[0, h] @ made.projection @ made.keys[h]
@@ -53,9 +53,9 @@ def test_its_loss_moves_it_only_and_makes_it_better() -> None:
     made, (q, k) = detector(width=16, bits=0, rank=0.25), drawn(2, 4, 2, 24, 16)
     k = q + 0.1 * k  # products with a structure that a few numbers can hold
     k[..., 4:], q[..., 4:] = 0.0, 0.0
-    rule = torch.optim.Adam(made.parameters(), 0.03)
+    rule = torch.optim.Adam(made.parameters(), 0.05)
     first = None
-    for _ in range(150):
+    for _ in range(80):
         loss = made.error(q, k, square(24))
         first = first if first is not None else loss.detach()
         rule.zero_grad()

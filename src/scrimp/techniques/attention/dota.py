@@ -5,9 +5,9 @@
     kept:   the highest S' of each row: a share `keep` of the keys, or all that the query sees where these are fewer
     loss + weight * sum over layers of mean (S - S')^2
 
-The two train together. The detector's loss moves the detector only: q, k and S are constants to it, and the mask is one
-to the task's loss. A and B begin as the identity, with which S' is right on average over P. With `bits`, q P, k P, A, B,
-q' and k' are numbers of so few bits, with a scale a row; gradients pass through.
+The two train together. The detector's loss moves the detector only: q, k and S are constants to it, and the mask is
+one to the task's loss. A and B begin as the identity, with which S' is right on average over P. With `bits`, q P, k P,
+A, B, q' and k' are numbers of so few bits, with a scale a row; gradients pass through.
 
 Rows of equal length are balanced work for hardware, which takes a few queries at a time and fetches each key once.
 
@@ -15,15 +15,14 @@ Paper: Qu et al., "DOTA: Detect and Omit Weak Attentions for Scalable Transforme
 10.1145/3503222.3507738. The paper's detector reads the layer's input in place of q and k. Here it reads what the core
 gets, so that caches, prefixes, rotary positions and other sequences need nothing of their own.
 
-Saves: on such hardware, scores of weak keys. Costs: here all of it is computed in full, S and S' once more for the loss,
-and a mask of all pairs is kept for the backward pass. Not for: training time on any CPU or GPU; frozen models, since the
-detector must be trained.
+Saves: on such hardware, scores of weak keys. Costs: here all of it is computed in full, S and S' once more for the
+loss, and a mask of all pairs is kept for the backward pass. Not for: training time on any CPU or GPU; frozen models,
+since the detector must be trained.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -140,7 +139,8 @@ class Detector(nn.Module):
     def refill(self) -> None:
         """P, drawn."""
         if not isinstance(self.projection, FakeTensor):
-            self.projection.copy_(ternary(*self.projection.shape, generator(self.seed, "dota")))
+            width, rank = self.projection.shape
+            self.projection.copy_(ternary(width, rank, generator(self.seed, "dota")))
 
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """The identity."""
