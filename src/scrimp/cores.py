@@ -94,15 +94,15 @@ class SparseCore(nn.Module):
         watch = self.watch if learns else None
         if not chooses and watch is None and not self.tracing:
             return attended(q, k, v, causal, mask)
-        seen, wide = visible(q, k, causal, mask), spread(k, q.shape[1])
+        seen, keys = visible(q, k, causal, mask), spread(k, q.shape[1])
         if watch is not None:
-            loss = watch(q.detach(), wide.detach(), seen)
+            loss = watch(q.detach(), keys.detach(), seen)
             self.due += [] if loss is None or in_backward() else [loss]
         keep = seen
         if chooses:
             assert self.select is not None
-            keep = nonempty(self.select(q.detach(), wide.detach(), seen) & seen, seen)
-            del wide
+            keep = nonempty(self.select(q.detach(), keys.detach(), seen) & seen, seen)
+            del keys
             if learns:
                 self.kept = torch.stack([keep.sum() * (len(q) // len(keep)), whole(seen, q, k).sum()])
         if self.tracing and not learns:
@@ -148,6 +148,11 @@ def whole(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def spread(k: Tensor, heads: int) -> Tensor:
     """Keys of grouped heads [B, K, S, D], one for each head of queries [B, H, S, D]."""
     return k if k.shape[1] == heads else k.repeat_interleave(heads // k.shape[1], 1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def nonempty(keep: Tensor, seen: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.cores import SparseCore, best, collected, replace_cores, sparse_cores, watch_kept, without
+from scrimp.cores import SparseCore, best, collected, replace_cores, sparse_cores, watch_kept, wide, without
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
@@ -158,7 +158,7 @@ class Detector(nn.Module):
     def error(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         """The mean squared error of S' over the pairs seen."""
         exact = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        apart = (self.estimate(q, k).float() - exact.float()).masked_fill(~seen, 0.0)
+        apart = (wide(self.estimate(q, k)) - wide(exact)).masked_fill(~seen, 0.0)
         return apart.square().sum() / seen.expand_as(apart).sum()
 
     @torch.no_grad()

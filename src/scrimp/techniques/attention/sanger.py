@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.cores import SparseCore, best, replace_cores, watch_kept
+from scrimp.cores import SparseCore, best, replace_cores, watch_kept, wide
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, below_one
 
@@ -101,7 +101,7 @@ def predicted(q: Tensor, k: Tensor, seen: Tensor, bits: int, rows: bool) -> Tens
     """Weights of attention [B, H, T, S] from numbers of a few bits."""
     (q8, q_step), (k8, k_step) = (coded(t, bits, rows) for t in (q, k))
     scores = (q8 @ k8.transpose(-1, -2)) * (q_step * k_step.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return scores.float().masked_fill(~seen, float("-inf")).softmax(-1)
+    return wide(scores).masked_fill(~seen, float("-inf")).softmax(-1)
 
 
 def coded(x: Tensor, bits: int, rows: bool) -> tuple[Tensor, Tensor]:
