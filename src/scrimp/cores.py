@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from scrimp.errors import UserError
 from scrimp.models.layers import AttentionCore
@@ -118,10 +119,39 @@ def attended(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None)
 
 def attended_some(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
     """Attention over the pairs that are kept, [B or 1, H, T, S]; a mask's own values are added to their scores."""
-    bias = added(keep, q)
-    if mask is not None and mask.dtype != torch.bool:
-        bias = torch.where(keep, mask, bias)
-    return F.scaled_dot_product_attention(q, k, v, bias, enable_gqa=k.shape[1] != q.shape[1])
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
+        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
+    with torch.autocast(kind, enabled=False):
+        return Attended.apply(q, k, v, keep, None if mask is None or mask.dtype == torch.bool else mask)  # type: ignore
+
+
+class Attended(Function):
+    """q [B, H, T, D], k and v [B, K, S, D], keep -> [B, H, T, D].
+
+    What is kept for the backward pass is the choice, a byte a pair, where torch's kernels keep numbers, zero and minus
+    infinity. The weights are computed a second time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, keep, mask)
+        bias = added(keep, q) if mask is None else torch.where(keep, mask, float("-inf"))
+        return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), enable_gqa=k.shape[1] != q.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, keep, mask = ctx.saved_tensors
+        heads, scale = (k.shape[1], q.shape[1] // k.shape[1]), q.shape[-1] ** -0.5
+        many, g = (wide(t).unflatten(1, heads) for t in (q, grad[0]))  # [B, K, G, T, D]
+        keys, values = (wide(t)[:, :, None] for t in (k, v))  # [B, K, 1, S, D]
+        scores = ((many @ keys.transpose(-1, -2)) * scale).flatten(1, 2)
+        scores = (scores if mask is None else scores + mask).masked_fill(~keep, float("-inf"))
+        weights = scores.softmax(-1).unflatten(1, heads)
+        back = g @ values.transpose(-1, -2)
+        ds = weights * (back - (weights * back).sum(-1, keepdim=True)) * scale
+        dv, dk = ((t.transpose(-1, -2) @ x).sum(2) for t, x in ((weights, g), (ds, many)))
+        return (ds @ keys).flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def in_backward() -> bool:
