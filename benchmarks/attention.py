@@ -14,7 +14,6 @@ hour on one core.
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -145,24 +144,6 @@ def main() -> None:
             source = digits(folder) if model == "images" else "python-stdlib"
             for seed in range(given.seeds):
                 rows_of(model, source, given, seed, folder)
-
-
-def table(rows: dict[str, Any], model: str, metric: str) -> list[list[str]]:
-    """Lines of a table: core with settings, share kept, and a metric as it is and tuned, means over seeds."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for key, row in rows.items():
-        kind, *rest = key.split("/")
-        if kind == model:
-            found.setdefault(rest[0], {}).setdefault(rest[1], []).append(row)
-    lines: list[list[str]] = []
-    for arm, ways in found.items():
-        line = [arm]
-        for way in ("as it is", "tuned"):
-            several = ways.get(way, [])
-            means = [statistics.mean(row[name] for row in several) for name in ("kept", metric)] if several else []
-            line += [f"{100 * means[0]:.1f} %", f"{means[1]:.3f}"] if means else ["", ""]
-        lines.append(line)
-    return lines
 
 
 if __name__ == "__main__":

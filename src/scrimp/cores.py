@@ -30,7 +30,7 @@ from scrimp.models.seams import matching
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-    from scrimp.technique import Technique
+    from scrimp.technique import Batch, Loss, Technique
 
 Three = tuple[Tensor, Tensor, Tensor]
 """Queries [B, H, T, D], keys and values [B, K, S, D]."""
@@ -233,6 +233,18 @@ def collected(cores: dict[str, SparseCore]) -> Tensor | None:
     for core in cores.values():
         core.due.clear()
     return torch.stack(means).sum() if means else None
+
+
+def with_due(loss: Loss, cores: dict[str, SparseCore], factor: float, run: Run) -> Loss:
+    """A loss with what cores are due, times a factor."""
+
+    def joint(model: nn.Module, batch: Batch) -> Tensor:
+        collected(cores)
+        total, due = loss(model, batch), collected(cores)
+        # The loss is a sum over what is counted, and divided by the count later.
+        return total if due is None else total + factor * due * run.task.count(batch)
+
+    return joint
 
 
 def sparse_cores(model: nn.Module, name: str) -> dict[str, SparseCore]:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.cores import SparseCore, best, collected, replace_cores, sparse_cores, watch_kept, wide, without
+from scrimp.cores import SparseCore, best, replace_cores, sparse_cores, watch_kept, wide, with_due, without
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
@@ -38,7 +38,7 @@ from scrimp.techniques.attention.sanger import coded
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-    from scrimp.technique import Batch, Loss
+    from scrimp.technique import Loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,16 +101,7 @@ class Dota(Technique):
         """The detectors' errors."""
         if self.keep == 1:
             return loss
-        cores = sparse_cores(run.model, self.name)
-
-        def joint(model: nn.Module, batch: Batch) -> Tensor:
-            collected(cores)
-            total = loss(model, batch)
-            error = collected(cores)
-            # The loss is a sum over what is counted, and divided by the count later.
-            return total if error is None else total + self.weight * error * run.task.count(batch)
-
-        return joint
+        return with_due(loss, sparse_cores(run.model, self.name), self.weight, run)
 
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Without detectors."""

@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.clock import Duration
-from scrimp.cores import SparseCore, collected, in_backward, replace_cores, sparse_cores, watch_kept, wide, without
+from scrimp.cores import SparseCore, in_backward, replace_cores, sparse_cores, watch_kept, wide, with_due, without
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-    from scrimp.technique import Batch, Loss, State
+    from scrimp.technique import Loss, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class ViTCoD(Technique):
         example={"until": "4 step"},
         neutral={"theta": 1.0, "heads": 1.0},
     )
-    targets: str = "attention"
-    """Pattern of the attentions whose core is replaced."""
+    targets: str = "attention|cross"
+    """Pattern of the attentions whose core is replaced; those to another sequence keep all pairs."""
     theta: float = 0.58
     """Part of each row's average weight that is kept; 1 keeps all places."""
     until: str | float = 0.2
@@ -109,6 +109,8 @@ class ViTCoD(Technique):
         found = dict(model.named_modules())
 
         def make(path: str, attention: Any) -> nn.Module:
+            if not hasattr(attention, "qkv"):
+                return SparseCore(self.name)
             self._check(path, attention, run)
             watch = select = None
             like = attention.proj.weight
@@ -121,16 +123,24 @@ class ViTCoD(Technique):
             before = Mixed(self, attention, like) if self.heads < 1 else None
             return SparseCore(self.name, select, self.when, before, watch, lambda mask: reordered(mask[0], self.dense))
 
-        watch_kept(model, replace_cores(model, self.targets, run.where(self, "targets"), make), run, self)
+        cores = replace_cores(model, self.targets, run.where(self, "targets"), make)
+        self._say(found, cores, run)
+        watch_kept(model, cores, run, self)
         return model
 
     def _check(self, path: str, attention: Any, run: Run) -> None:
-        if not hasattr(attention, "qkv"):
-            what = f"`{path}` attends to another sequence, and its rows have no places while it is written."
-            raise UserError(what, run.where(self, "targets"), "Leave it out.")
         if self.heads < 1 and attention.q_norm is not None:
             what = f"`{path}` has norms of queries and keys, behind which mixed heads cannot be folded."
             raise UserError(what, run.where(self, "heads"), "Set it to 1, or `model.qk_norm: false`.")
+
+    def _say(self, found: dict[str, Any], cores: dict[str, Any], run: Run) -> None:
+        """What is left as it is."""
+        whole = [path for path in cores if not hasattr(found[path], "qkv")]
+        what = "rows of attention to another sequence have no places while they are written"
+        if len(whole) == len(cores):
+            raise UserError(f"{what}.", run.where(self, "targets"), "Take in an attention to the same sequence.")
+        if whole:
+            run.remarks.append(f"vitcod leaves `{whole[0]}` and its like as they are: {what}.")
 
     def carry(self, state: State, run: Run) -> State:
         """The last stage's averages become masks."""
@@ -146,16 +156,7 @@ class ViTCoD(Technique):
         """What mixing loses."""
         if self.heads == 1:
             return loss
-        cores = sparse_cores(run.model, self.name)
-
-        def joint(model: nn.Module, batch: Batch) -> Tensor:
-            collected(cores)
-            total = loss(model, batch)
-            lost = collected(cores)
-            # The loss is a sum over what is counted, and divided by the count later.
-            return total if lost is None else total + self.reconstruct * lost * run.task.count(batch)
-
-        return joint
+        return with_due(loss, sparse_cores(run.model, self.name), self.reconstruct, run)
 
     @torch.no_grad()
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
