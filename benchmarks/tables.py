@@ -344,6 +344,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     **{name: partial(other, "tables_computation", name.replace("-", "_"))
        for name in ("computation", "optimizers", "deep", "sparsity", "slimming", "growth", "autoprog", "together",
                     "token-masking")},
+    **{name: partial(other, "tables_attention", name.replace("-", "_")) for name in ("attention", "attention-memory")},
     **{name: partial(other, "tables_memory", name) for name in ("memory", "largest", "offloading")},
 }  # fmt: skip
 
