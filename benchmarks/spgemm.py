@@ -5,8 +5,8 @@
 
 C = A B of two N x N matrices in float64: `uniform` draws entries independently, `rmat` as a graph whose degrees
 follow a power law (quadrants of 0.57, 0.19, 0.19, 0.05). A row has the seconds of the processor, the least of up to
-three tries, of each dataflow, of scipy and of torch.sparse, and the bytes of the closed forms. What would take more than `--most`
-products (the inner product: 64 times as many lookups) is left out. Rows are written as they come.
+three tries, of each dataflow, of scipy and of torch.sparse, and the bytes of the closed forms. What would take more
+than `--most` products (the inner product: 64 times as many lookups) is left out. Rows are written as they come.
 """
 
 from __future__ import annotations

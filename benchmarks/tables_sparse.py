@@ -20,7 +20,8 @@ def spgemm() -> str:
         cells = [f"{seconds[name] * 1e3:,.1f}" if name in seconds else "" for name in (*OURS, "scipy", "torch.sparse")]
         fewest = min(("outer", "gustavson", "inner"), key=lambda name: row["bytes"][name])
         products, compression = row["products"], row["products"] / row["entries"][2]
-        lines.append([kind, f"{int(size):,}", density, f"{products:,}", f"{compression:.1f}", *cells, fastest(seconds), fewest])  # fmt: skip
+        lines.append([kind, f"{int(size):,}", density, f"{products:,}", f"{compression:.1f}", *cells,
+                      fastest(seconds), fewest])  # fmt: skip
     if not lines:
         return "Not measured yet."
     head = ["entries", "N", "density", "products P", "P / nnz(C)", *(f"{name}, ms" for name in OURS), "scipy, ms",

@@ -2,8 +2,8 @@
 
 A small GPT on the sources of Python's library, dense and with 2 of every 4 weights: by STE, by SR-STE, and by SR-STE
 with masks that are 2:4 both ways. A row has the held-out `loss`, with masks where there are any, `sad`, how many
-entries of masks changed from step to step, summed over steps, and the `weights` that have masks. Rows are written one by one, and
-those that are there are not measured again. Nothing here is a time: a CPU multiplies masked dense weights.
+entries of masks changed from step to step, summed over steps, and the `weights` that have masks. Rows are written one
+by one, and those that are there are not measured again. Nothing here is a time: a CPU multiplies masked dense weights.
 """
 
 from __future__ import annotations

@@ -53,7 +53,6 @@ class TwoFour(Technique):
         saves="half of the forward pass' multiplications on GPUs with sparse tensor cores",
         costs="a mask and its choice at each step; some accuracy",
         sets=("sparsity",),
-        scope="targets",
         phase={"model": "seams", "carry": "masked", "step": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",
