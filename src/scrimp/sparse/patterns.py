@@ -4,11 +4,12 @@
     4x4       square blocks of a matrix, whose score is the sum of their weights' scores
     2:4       the 2 best of every 4 neighbors along the inputs: the density is 1/2
 
-The sparsity of hardware is only prepared here: masks are stored dense, whatever their pattern.
+`transposable` is 2:4 along the inputs and along the outputs at once. Masks are stored dense, whatever their pattern.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Pattern:
         side = self.group or self.block
         if shape[1] % side or (not self.group and shape[0] % side):
             what = f"`{name}` of {shape[0]} x {shape[1]} does not divide into parts of {side}."
-            raise UserError(what, where, "Choose other sizes, or a pattern of `params` without it.")
+            raise UserError(what, where, "Choose other sizes, or a pattern of layers without it.")
 
 
 def pooled(score: Tensor, side: int) -> Tensor:
@@ -102,3 +103,26 @@ def of_groups(score: Tensor, pattern: Pattern) -> Tensor:
     groups = score.reshape(-1, pattern.group)
     mask = torch.zeros_like(groups, dtype=torch.bool)
     return mask.scatter_(1, groups.topk(pattern.keep, 1).indices, True).view(score.shape)
+
+
+def transposable(score: Tensor) -> Tensor:
+    """The mask with 2 of every 4 along the inputs and along the outputs whose scores have the largest sum.
+
+    Each block of 4 x 4 takes the best of the 90 ways there are. Rows and columns must divide by 4.
+    """
+    rows, columns = score.shape
+    ways = both_ways(score.device)
+    blocks = score.view(rows // 4, 4, columns // 4, 4).transpose(1, 2).reshape(-1, 16)
+    best_ = (blocks @ ways.to(score.dtype).t()).argmax(1)
+    return ways[best_].view(rows // 4, columns // 4, 4, 4).transpose(1, 2).reshape(rows, columns)
+
+
+def both_ways(device: torch.device | None = None) -> Tensor:
+    """bool [90, 16]: the blocks of 4 x 4 with two of every row and two of every column."""
+    pairs = [[i in two for i in range(4)] for two in itertools.combinations(range(4), 2)]
+    ways = [
+        four
+        for four in itertools.product(pairs, repeat=4)
+        if all(sum(column) == 2 for column in zip(*four, strict=True))
+    ]
+    return torch.tensor(ways, device=device).view(-1, 16)
