@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,7 +38,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"scrimp: {error}", file=sys.stderr)
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"scrimp{rank}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -49,10 +52,14 @@ def train(
     start: Annotated[
         Path | None, typer.Option("--from", help="Start a new run from a run's weights, or a peft folder.")
     ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="With --resume: another mesh of ranks, such as `data=2,tensor=2`.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Start even if memory will not suffice.")] = False,
 ) -> None:
     """Train or fine-tune a recipe, or resume a run."""
     from scrimp.allocator import lean
+    from scrimp.launching import restarted
     from scrimp.progress import Progress
 
     lean()
@@ -66,16 +73,34 @@ def train(
         fix = f"Write `model: {{from: {start}}}` in the recipe, without --from."
         raise UserError(f"`{start}` is a Hugging Face folder, not a run.", "--from", fix)
     loaded = None if recipe is None else load(recipe, overrides)
+    if loaded is not None and (resume := restarted(loaded.out)) is not None:
+        loaded = start = None
     from scrimp.rules import notes
     from scrimp.training import train as run
 
     for line in notes(loaded) if loaded is not None and start is None else ():
         typer.echo(line, err=True)
-    with Progress(sys.stdout) as view:
-        result = run(loaded, resume=resume, extend=extend, start=start, observe=view, force=force)
+    axes = None if mesh is None else axes_of(mesh)
+    # Of several ranks the first one shows what all do.
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(sys.stdout) if first else nullcontext(lambda event, fields: None) as view:
+        result = run(loaded, resume=resume, extend=extend, mesh=axes, start=start, observe=view, force=force)
     if result.reason == "interrupted":
         typer.echo(f"Saved. Go on with: scrimp train --resume {result.folder}")
         raise typer.Exit(130)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def launch(
+    context: typer.Context,
+    ranks: Annotated[int, typer.Option(help="Processes to start, each with a device of its own.", min=1)] = 1,
+    restarts: Annotated[int, typer.Option(help="How often all ranks go on from a checkpoint when one fails.")] = 0,
+    logs: Annotated[Path | None, typer.Option(help="Folder for what ranks other than the first print.")] = None,
+) -> None:
+    """Train on several devices of this machine: what else is given goes to `scrimp train`."""
+    from scrimp.launching import launch as start
+
+    start(ranks, context.args, restarts, logs)
 
 
 @app.command()
@@ -314,6 +339,14 @@ def demo(
     from scrimp.demo import demo as run
 
     run(out, steps)
+
+
+def axes_of(text: str) -> dict[str, int]:
+    """axis -> ranks, from `data=2,tensor=2`."""
+    try:
+        return {axis.strip(): int(count) for axis, count in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise UserError(f"`{text}` is no mesh.", "--mesh", "Write it as data=2,tensor=2.") from None
 
 
 def within(option: str, value: float, zero: str = "") -> None:

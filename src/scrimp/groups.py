@@ -152,9 +152,12 @@ def load_moments(
         UserError: if a moment belongs to no parameter of the optimizer.
     """
     owner = {id(p): (part, g) for part in parts(optimizer) for g in part.param_groups for p in g["params"]}
+    others = {id(p) for g in optimizer.param_groups for p in g["params"]} - owner.keys()
     for kind, tensors in kinds.items():
         moment = kind.removeprefix("optimizer.")
         for name, value in tensors.items():
+            if name in names and id(names[name]) in others:
+                continue  # Another rank updates it, and keeps its moments.
             if name not in names or id(names[name]) not in owner:
                 raise UserError(f"the checkpoint has `{kind}` of `{name}`, which is not trained here.", "checkpoint")
             p = names[name]
@@ -172,4 +175,5 @@ def other_than_sgd(optimizer: Optimizer) -> str:
 
 def parts(optimizer: Optimizer) -> list[Optimizer]:
     """The rules inside an optimizer."""
-    return [rule for part in optimizer.parts for rule in parts(part)] if isinstance(optimizer, Several) else [optimizer]
+    inside: Sequence[Optimizer] = getattr(optimizer, "parts", ())
+    return [rule for part in inside for rule in parts(part)] or [optimizer]

@@ -8,13 +8,18 @@ it. Each rank's loss is its part of the whole batch's sum over the whole batch's
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from scrimp.world import SAMPLES
+from scrimp.world import SAMPLES, World
 
 if TYPE_CHECKING:
+    from scrimp.groups import Group
     from scrimp.run import Run
     from scrimp.technique import Backward, Batch
 
@@ -66,3 +71,42 @@ def _group(run: Run) -> Any:
     if len(axes) == 1:
         return world.group(axes[0])
     return world.mesh[tuple(axes)]._flatten("samples").get_group()  # pyright: ignore[reportPrivateUsage]
+
+
+class Owned(Optimizer):
+    """An update rule over the parameters that this rank owns; afterwards each owner sends its own to the others.
+
+    Torch's ZeroRedundancyOptimizer does the same for a single rule; this one takes whatever `make` makes.
+
+    Args:
+        groups: all parameters. Large ones are given out first, each to the rank that has least.
+        make: groups -> optimizer.
+        world: the ranks; those of the axis `data` share the parameters.
+    """
+
+    def __init__(self, groups: Sequence[Group], make: Callable[[list[Group]], Optimizer], world: World) -> None:
+        self.group, ranks, place = world.group("data"), world.ranks("data"), world.place("data")
+        named = {name: p for group in groups for name, p in group.params.items()}
+        held, self.owner = [0] * ranks, dict[str, int]()
+        for name, p in sorted(named.items(), key=lambda item: (-item[1].numel(), item[0])):
+            self.owner[name] = held.index(min(held))
+            held[self.owner[name]] += p.numel()
+        self.named = named
+        mine = [replace(g, params={n: p for n, p in g.params.items() if self.owner[n] == place}) for g in groups]
+        self.parts = [make(mine)]
+        others = [p for name, p in named.items() if self.owner[name] != place]
+        super().__init__(list(named.values()), {})
+        rest = {"params": others, "lr": 0.0, "base_lr": 0.0, "weight_decay": 0.0}
+        self.param_groups = [*self.parts[0].param_groups, *([rest] if others else [])]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step this rank's parameters, then send and receive."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.parts[0].step()
+        for name, p in self.named.items():
+            torch.distributed.broadcast(p, group=self.group, group_src=self.owner[name])
+        return loss

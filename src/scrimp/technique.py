@@ -63,7 +63,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "wrap": ("tokens", "precision", "recompute", "saved", "compile", "elastic", "dropped", "shard"),
     "init": ("fill", "scale", "packed", "measured"),
     "carry": ("decoded", "rewind", "grow", "widen", "masked", "packed", "measured"),
-    "optimizer": ("rule", "states"),
+    "optimizer": ("rule", "states", "sharded"),
     "schedule": ("shape", "warm-up", "time", "rounds"),
     "items": ("filter", "sample"),
     "batch": ("length", "resolution", "augment"),

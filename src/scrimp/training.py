@@ -19,6 +19,7 @@ from scrimp.allocator import lean
 from scrimp.clock import Clock, Duration
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.launching import spread
 from scrimp.plain import counted
 from scrimp.products import fast_products
 from scrimp.recipe import Recipe
@@ -37,7 +38,7 @@ from scrimp.session import (
     snapshot,
 )
 from scrimp.stages import new_clock, stage_end, validation_batches
-from scrimp.world import World, arranged, joined
+from scrimp.world import World, arranged, joined, ranks
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -130,6 +131,7 @@ class Begun:
 
 
 def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -> Begun:
+    recipe = spread(recipe, ranks())
     session.world = arranged(recipe.mesh, device_of(recipe).type)
     data = _opened(recipe.data.open, session.world) if data is None else data
     if not force and session.world.size == 1:

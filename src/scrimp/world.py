@@ -130,6 +130,13 @@ def joined() -> Generator[None]:
         dist.destroy_process_group()
 
 
+def ranks() -> int:
+    """How many ranks the open process group has; 1 where there is none."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def arranged(mesh: Mesh, device: str) -> World:
     """The ranks of the open process group in the mesh of a recipe.
 
@@ -139,7 +146,7 @@ def arranged(mesh: Mesh, device: str) -> World:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    size = ranks()
     shape = sizes(mesh, size)
     if size == 1:
         return ALONE

@@ -20,6 +20,7 @@ import torch
 
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
+from scrimp.sharding import sharded
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ class SGD(Technique):
                 momentum=self.momentum,
                 dampening=self.dampening,
                 nesterov=self.nesterov,
-                # On a CPU it leaves most weights of 16 bits as they are (pytorch/pytorch#191763).
-                fused=all(p.device.type != "cpu" or p.dtype.itemsize > 2 for p in params),
+                # On a CPU it leaves most weights of 16 bits as they are (pytorch/pytorch#191763), and torch has no
+                # fused update of sharded ones.
+                fused=all((p.device.type != "cpu" or p.dtype.itemsize > 2) and not sharded(p) for p in params),
             )
             if self.momentum:
                 made.register_step_pre_hook(_begin)

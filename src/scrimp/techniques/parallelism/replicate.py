@@ -3,8 +3,8 @@
 
     g = sum over ranks of grad(summed loss of the rank's samples) / count of the whole batch
 
-The denominator is the whole batch's, so that a rank whose samples have few targets weighs little: the gradient is that
-of one process with the whole batch, to float error. Dropout is keyed by sample, and does not depend on the ranks either.
+The denominator is the whole batch's, so that a rank whose samples have few targets weighs little: the gradient is
+that of one process with the whole batch, to float error. Dropout is keyed by sample, and does not depend on ranks.
 
 Paper: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", VLDB 2020,
 arXiv 2006.15704. The engine is torch's.

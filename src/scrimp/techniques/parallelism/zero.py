@@ -1,0 +1,116 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""ZeRO: data parallelism that holds nothing twice.
+
+Of N ranks with S bytes of weights, as much of gradients and K times as much of optimizer states, each holds
+
+    stage 1    S + S + K S / N           each rank updates the parameters that it owns, and sends them to the others
+    stage 2    S + (S + K S) / N         gradients are summed to the rank that owns them, block by block
+    stage 3    (S + S + K S) / N         weights are gathered before a block runs, and given up after it
+
+The gradient is that of one process with the whole batch, to float error, at every stage.
+
+Paper: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020,
+arXiv 1910.02054. Stages 2 and 3 are torch's `fully_shard` around the blocks and what is left; stage 1 is its
+DistributedDataParallel, and an update of each rank's own parameters.
+
+Saves: memory, as above. Costs: at stages 1 and 2 as many bytes as plain data parallelism sends, at stage 3 half as much
+again; while a block runs, its weights and gradients are there in full. Not for: models that fit into one device with
+their states. With a mesh of `replica: R, data: N`, weights are sharded over N ranks and replicated R times: what is sent
+most stays within a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scrimp.errors import UserError
+from scrimp.models.seams import blocks
+from scrimp.replicas import Owned, summed
+from scrimp.technique import Card, Technique
+from scrimp.world import SAMPLES
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from scrimp.groups import Group
+    from scrimp.run import Run
+    from scrimp.technique import Backward, Evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Technique):
+    """Data parallelism that holds nothing twice."""
+
+    card = Card(
+        paper="arXiv:1910.02054",
+        section="Parallelism",
+        saves="memory: states, then gradients, then weights are sharded over the ranks",
+        costs="stage 3 sends half as much again as plain data parallelism",
+        sets=("data parallelism",),
+        axes=("replica", "data"),
+        phase={"wrap": "shard", "optimizer": "sharded"},
+        example={},
+        neutral={},
+    )
+    stage: int = 3
+    """1 shards optimizer states, 2 gradients too, 3 weights too."""
+    bucket: float = 25.0
+    """Stage 1: megabytes of gradients that are sent together."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in (1, 2, 3):
+            raise UserError(f"stage must be 1, 2 or 3, not {self.stage}.", "stage")
+        if not self.bucket > 0:
+            raise UserError(f"bucket must be positive, not {self.bucket}.", "bucket")
+
+    @property
+    def shards(self) -> bool:
+        """From stage 2 on, each rank's optimizer sees its part of each parameter only."""
+        return self.stage > 1
+
+    def wrap(self, model: nn.Module, run: Run) -> nn.Module:
+        """Shard every block, then the rest."""
+        if not self.shards or run.world.ranks(*SAMPLES) == 1:
+            return model
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        world = run.world
+        assert world.mesh is not None
+        mesh = world.mesh["replica", "data"] if world.ranks("replica") > 1 else world.mesh["data"]
+        for part in [*blocks(model, run.where(self)).values(), model]:
+            fully_shard(part, mesh=mesh, reshard_after_forward=self.stage == 3)
+        for part in _sharded(model):
+            # Losses are divided by the count of all ranks already.
+            part.set_gradient_divide_factor(1.0)
+        for method in getattr(type(model), "entries", ()):
+            register_fsdp_forward_method(model, method)
+        return model
+
+    def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
+        """Stage 1: a rule over the parameters that this rank owns."""
+        if self.shards or run.world.ranks("data") == 1:
+            return make
+        return lambda groups: Owned(groups, make, run.world)
+
+    def backward(self, backward: Backward, run: Run) -> Backward:
+        """Stage 1 sums gradients as plain data parallelism does; the hooks of `fully_shard` do it otherwise."""
+        return backward if self.shards or run.world.ranks(*SAMPLES) == 1 else summed(run, self.bucket)
+
+    def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
+        """Give weights up afterwards: without a backward pass nothing else does."""
+
+        def sharded(job: Callable[[nn.Module], Any]) -> Any:
+            found = evaluate(job)
+            for part in _sharded(run.model):
+                part.reshard()
+            return found
+
+        return sharded
+
+
+def _sharded(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on."""
+    return [module for module in model.modules() if hasattr(module, "set_gradient_divide_factor")]
