@@ -10,11 +10,13 @@ Checkpoints hold whole tensors, so that one that was saved on any mesh is resume
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -24,7 +26,8 @@ class Cut:
 
     Attributes:
         dim: along which it is cut.
-        sections: lengths along it of what is cut by itself, such as queries, keys and values; each into equal parts.
+        sections: lengths along it of what is cut by itself, such as queries, keys and values; each into parts of
+            one length, the last with zeros at its end where they do not come out even.
         ranks: of the group. place: of this rank among them.
     """
 
@@ -36,20 +39,40 @@ class Cut:
 
     def shape(self, part: torch.Size) -> torch.Size:
         """Of the whole."""
-        return torch.Size([n * self.ranks if i == self.dim else n for i, n in enumerate(part)])
+        return torch.Size([sum(self.sections) if i == self.dim else n for i, n in enumerate(part)])
 
     def part(self, values: Tensor) -> Tensor:
         """This rank's part of the whole."""
-        pieces = values.split(self.sections, self.dim)
-        return torch.cat([piece.chunk(self.ranks, self.dim)[self.place] for piece in pieces], self.dim)
+        pieces = [self._filled(piece).chunk(self.ranks, self.dim) for piece in values.split(self.sections, self.dim)]
+        return torch.cat([parts[self.place] for parts in pieces], self.dim)
 
     def whole(self, part: Tensor) -> Tensor:
         """The whole; all ranks of the group must ask for it at once."""
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.ranks)]
         torch.distributed.all_gather(parts, part.contiguous(), group=self.group)
-        lengths = [n // self.ranks for n in self.sections]
+        lengths = [-(-n // self.ranks) for n in self.sections]
         pieces = zip(*(p.split(lengths, self.dim) for p in parts), strict=True)
-        return torch.cat([piece for section in pieces for piece in section], self.dim)
+        wholes = [torch.cat(found, self.dim) for found in pieces]
+        return torch.cat([t.narrow(self.dim, 0, n) for t, n in zip(wholes, self.sections, strict=True)], self.dim)
+
+    def total(self, norm: Tensor, kind: float = 2.0) -> Tensor:
+        """Norms of this rank's parts -> of the whole."""
+        if kind != math.inf:
+            return self.sum(norm.square()).sqrt()
+        norm = norm.clone()
+        torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.MAX, group=self.group)
+        return norm
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sums over this rank's parts -> over the whole."""
+        value = value.clone()
+        torch.distributed.all_reduce(value, group=self.group)
+        return value
+
+    def _filled(self, values: Tensor) -> Tensor:
+        """Zeros behind the last ones, so that all ranks have as many."""
+        lack = -values.shape[self.dim] % self.ranks
+        return F.pad(values, (0, 0) * (values.ndim - 1 - self.dim) + (0, lack)) if lack else values
 
 
 def mark(model: nn.Module) -> None:
@@ -78,15 +101,10 @@ def shape(tensor: Tensor) -> torch.Size:
     return tensor.shape if cut is None else cut.shape(tensor.shape)
 
 
-def distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor."""
+def sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor: this rank holds a part of the tensor only, or one copy of several."""
     # By name: the class takes half a second to import, and a single process has none.
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
-
-
-def sharded(tensor: Any) -> bool:
-    """Whether this rank holds a part of the tensor only, or one copy of several."""
-    return cut_of(tensor) is not None or distributed(tensor)
 
 
 @torch.no_grad()
@@ -97,7 +115,7 @@ def whole(tensor: Any) -> Tensor:
     """
     cut = cut_of(tensor)
     tensor = tensor.detach()
-    if distributed(tensor):
+    if sharded(tensor):
         tensor = tensor.full_tensor()
     return tensor if cut is None else cut.whole(tensor)
 
@@ -105,7 +123,7 @@ def whole(tensor: Any) -> Tensor:
 @torch.no_grad()
 def put(own: Any, values: Tensor) -> None:
     """Whole values into a tensor; of one that is sharded, this rank's part of them."""
-    own.to_local().copy_(_part(own, values)) if distributed(own) else own.copy_(_part(own, values))
+    (own.to_local() if sharded(own) else own).copy_(_part(own, values))
 
 
 def like(own: Any, values: Tensor) -> Tensor:
@@ -113,18 +131,47 @@ def like(own: Any, values: Tensor) -> Tensor:
     if values.shape != shape(own):
         return values.to(own.device, copy=True)
     local = _part(own, values)
-    if not distributed(own):
+    if not sharded(own):
         return local.to(own.device, copy=True)
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(local.clone(), own.device_mesh, own.placements, shape=own.shape, stride=own.stride())
 
 
+def gradient_norm(parameters: Sequence[Tensor], kind: float = 2.0) -> Any:
+    """The norm over the gradients of all parameters together; of those that are cut, over all of their parts."""
+    from torch.nn.utils import get_total_norm
+
+    held = [p for p in parameters if p.grad is not None]
+    first = next((cut for p in held if (cut := cut_of(p)) is not None), None)
+    alone: Any = get_total_norm([p.grad for p in held if p.grad is not None and cut_of(p) is None], kind)
+    if first is None:
+        return alone
+    part = get_total_norm([p.grad for p in held if p.grad is not None and cut_of(p) is not None], kind)
+    rest, parts = whole(alone), first.total(whole(part), kind)
+    total = torch.maximum(rest, parts) if kind == math.inf else (rest.square() + parts.square()).sqrt()
+    grad: Any = held[0].grad
+    if not sharded(grad):
+        return total
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(total, grad.device_mesh, [Replicate()] * grad.device_mesh.ndim)
+
+
+def totals(norms: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Norms [n] of what belongs to n parameters, each of this rank's part -> of the whole."""
+    cuts = [cut_of(p) for p in parameters]
+    first = next((cut for cut in cuts if cut is not None), None)
+    if first is None:
+        return norms
+    return torch.where(torch.tensor([cut is not None for cut in cuts], device=norms.device), first.total(norms), norms)
+
+
 def _part(own: Any, values: Tensor) -> Tensor:
     """Each rank has all values already, so that none is sent."""
     if (cut := cut_of(own)) is not None:
         values = cut.part(values)
-    if not distributed(own):
+    if not sharded(own):
         return values
     from torch.distributed.tensor import distribute_tensor
 

@@ -12,12 +12,14 @@ Both are unbiased, so that a single value may be negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.sharding import cut_of
 
 if TYPE_CHECKING:
     from scrimp.technique import Backward, Batch
@@ -67,21 +69,26 @@ def compared(
         the loss, the variance v of a part's gradient, and the square m of the true one; float64.
     """
     parts = len(pieces)
-    total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+    alone, cut = ([p for p in weights if (cut_of(p) is None) is kind] for kind in (True, False))
+    total = torch.zeros((2,), dtype=torch.float64, device=weights[0].device)
 
-    def arrived(grad: Tensor) -> None:
-        total.add_(square(grad))
+    def arrived(grad: Tensor, kind: int) -> None:
+        total[kind].add_(square(grad))
 
-    hooks = [p.register_hook(arrived) for p in weights]
+    hooks = [p.register_hook(partial(arrived, kind=i)) for i, some in enumerate((alone, cut)) for p in some]
     try:
         loss = accumulated(backward, pieces, count)
     finally:
         for hook in hooks:
             hook.remove()
     whole = torch.zeros_like(total)
-    for p in weights:
-        if p.grad is not None:
-            whole += square(p.grad)
+    for i, some in enumerate((alone, cut)):
+        for p in some:
+            if p.grad is not None:
+                whole[i] += square(p.grad)
+    if cut and (found := cut_of(cut[0])) is not None:
+        total[1], whole[1] = found.sum(torch.stack([total[1], whole[1]]))
+    total, whole = total.sum(), whole.sum()
     variance = parts / (parts - 1) * (parts * total - whole)
     return loss, variance, whole - variance / parts
 

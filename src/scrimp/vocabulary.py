@@ -37,30 +37,30 @@ class SharedCrossEntropy(CrossEntropy):
     """As `CrossEntropy`, of a head that gives this rank's logits only.
 
     Args:
-        part: hidden states -> this rank's logits [..., V / n].
+        part: hidden states -> this rank's logits [..., V / n]; the last rank has fewer where V / n is no whole number.
+        vocab: V.
     """
 
-    def __init__(self, part: Callable[[Tensor], Tensor], ranks: Ranks) -> None:
+    def __init__(self, part: Callable[[Tensor], Tensor], vocab: int, ranks: Ranks) -> None:
         super().__init__()
-        self.part, self.ranks = part, ranks
+        self.part, self.vocab, self.ranks = part, vocab, ranks
 
     def forward(self, hidden: Tensor, head: nn.Module, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         """The summed loss; targets of -100 do not count."""
         logits = self.part(hidden).flatten(0, -2)
-        return SummedLoss.apply(logits, targets.flatten(), smoothing, self.ranks)  # type: ignore[no-any-return]
+        return SummedLoss.apply(logits, targets.flatten(), smoothing, self.vocab, self.ranks)  # type: ignore[no-any-return]
 
 
 class SummedLoss(torch.autograd.Function):
     """Summed cross entropy of logits [N, V / n] against targets [N]; keeps the softmax."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, smoothing: float, vocab: int, ranks: Ranks) -> Tensor:
         """The loss, a scalar."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         counts = targets != IGNORED
-        rows, foreign = _places(targets, logits.shape[-1], ranks)
+        rows, foreign = _places(targets, -(-vocab // ranks.count), ranks)
         foreign = foreign | ~counts
-        vocab = logits.shape[-1] * ranks.count
         shifted = wide - ranks.largest(wide.amax(-1))[:, None]
         target = shifted.gather(-1, rows[:, None]).squeeze(-1).masked_fill(foreign, 0.0)
         spread = shifted.sum(-1) * (smoothing / vocab)
@@ -78,7 +78,7 @@ class SummedLoss(torch.autograd.Function):
         grad = softmax - ctx.smoothing / ctx.vocab
         own = ((1 - ctx.smoothing) * ~foreign).to(grad.dtype)
         grad.scatter_add_(-1, rows[:, None], -own[:, None])
-        return (grad * counts[:, None] * grads[0]).to(ctx.dtype), None, None, None
+        return (grad * counts[:, None] * grads[0]).to(ctx.dtype), None, None, None, None
 
 
 def _places(ids: Tensor, rows: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

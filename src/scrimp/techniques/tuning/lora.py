@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,10 @@ class LowRank(nn.Module):
     Args:
         layer: whose shape, type and device are taken.
     """
+
+    outputs: ClassVar = ("b",)
+    """Parameters with a row for each output of the layer, and with a column for each input."""
+    inputs: ClassVar = ("a",)
 
     def __init__(self, layer: Linear, rank: int, scale: float) -> None:
         super().__init__()
