@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from scrimp.arrange import emulated
 from scrimp.clock import Clock
 from scrimp.errors import UserError
+from scrimp.launching import spread
 from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
 from scrimp.machines.timing import step_seconds
@@ -36,6 +37,7 @@ from scrimp.run import Run, build
 from scrimp.stages import new_clock, stage_end, validation_batches
 from scrimp.technique import Cost
 from scrimp.trace import Moment, Trace, peak
+from scrimp.world import World, arranged
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -136,7 +138,7 @@ def plan(
 
     Args:
         data: an opened data set; by default the recipe's, or its outline where it is not built yet.
-        ranks: devices that share each batch evenly; figures of memory and time are those of one.
+        ranks: devices in the recipe's mesh; figures of memory and time are those of one.
         clock: where a resumed run goes on; the start of the run by default.
     Raises:
         UserError: where training would raise it too.
@@ -144,17 +146,17 @@ def plan(
     """
     target = machine(on) if isinstance(on, str) else on
     data = outlined(recipe) if data is None else data
-    if ranks < 1 or recipe.batch % ranks:
-        raise UserError(f"a batch of {recipe.batch} cannot be shared by {ranks} ranks.", "--ranks", "Change `batch`.")
-    found = Plan(recipe, target, [], ranks, _notes(recipe, target, data, ranks))
+    given, recipe = recipe, spread(recipe, ranks)
+    found = Plan(recipe, target, [], ranks, _notes(given, target, data, ranks))
     device = "cuda" if target.device == "cuda" and torch.cuda.is_available() else "cpu"
-    local = replace(recipe, device=device, batch=recipe.batch // ranks)
+    local = replace(recipe, device=device)
     clock = Clock(**clock.state()) if clock is not None else new_clock(recipe, data)
     carried: State | None = None
     decisions: dict[str, Any] = {}
     with pretended(ranks):
+        world = arranged(recipe.mesh, device)
         while True:
-            dry = DryRun(local, target, data, clock, ranks, carried)
+            dry = DryRun(local, target, data, clock, world, carried)
             carried = None
             stage, carried, decisions = dry.stage(decisions)
             found.stages.append(stage)
@@ -170,9 +172,9 @@ def outlined(recipe: Recipe) -> Any:
     return getattr(recipe.data, "outline", recipe.data.open)()
 
 
-def _notes(recipe: Recipe, target: Machine, data: Any, ranks: int) -> list[str]:
+def _notes(given: Recipe, target: Machine, data: Any, ranks: int) -> list[str]:
     notes: list[str] = [getattr(data, "note", "")]
-    half = {"bfloat16", "float16"} & {recipe.dtype, *(str(getattr(t, "dtype", "")) for t in recipe.techniques)}
+    half = {"bfloat16", "float16"} & {given.dtype, *(str(getattr(t, "dtype", "")) for t in given.techniques)}
     for dtype in half - set(target.flops):
         notes.append(f"{target.name} has no fast {dtype}: its products run at most at float32's rate.")
     if target.device == "cuda" and not torch.cuda.is_available():
@@ -180,11 +182,11 @@ def _notes(recipe: Recipe, target: Machine, data: Any, ranks: int) -> list[str]:
     if not target.probed:
         here = "`scrimp probe` measures this machine" if target.name == "here" else "no probe of it is at hand"
         notes.append(f"Times rest on assumed rates: {here}.")
-    if ranks > 1 and not any("sharding" in t.card.sets for t in recipe.techniques):
-        notes.append("No technique shards anything: every rank holds a replica, and gradients are averaged in place.")
+    if ranks > 1 and not any(t.card.axes for t in given.techniques):
+        notes.append("No technique shards anything: every rank holds a replica, and gradients are summed.")
     if ranks > 1 and not target.link:
         notes.append(f"The speed of {target.name}'s links is not known: communication takes no time in this plan.")
-    notes += emulated({t.name: t.card for t in recipe.techniques}, target.device)
+    notes += emulated({t.name: t.card for t in given.techniques}, target.device)
     return [note for note in notes if note]
 
 
@@ -196,7 +198,7 @@ class DryRun:
     target: Machine
     data: Any
     clock: Clock
-    ranks: int
+    world: World
     carried: State | None
     """What the last stage left; let go once the run is built from it, as training does."""
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
@@ -226,16 +228,17 @@ class DryRun:
             raise CannotPlanError(
                 f"decides by values of tensors ({error}).", where, "Read scalars by run.read."
             ) from error
-        count = _advance(clock, begin, end, self.recipe.batch * self.ranks, tokens * self.ranks)
+        tokens *= self.world.ranks("replica", "data", "context")
+        count = _advance(clock, begin, end, self.recipe.batch, tokens)
         decisions = self._decided(run)
         moment, line = peak(trace)
         seconds, slowest = step_seconds(step, self.target, cost.fused)
         parameters = list(run.model.parameters())
-        volume = sent(step, sum(p.nbytes for p in parameters if p.requires_grad), self.ranks)
+        volume = sent(step, self.world.size)
         seconds += cost.seconds + (volume / self.target.link if self.target.link else 0.0)
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
-            clock.stage, count, tokens * self.ranks, moment, line, segments, held, step, seconds, slowest,
+            clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest,
             sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), volume,
         )  # fmt: skip
         with self.mode:
@@ -258,7 +261,7 @@ class DryRun:
             if carried is not None:  # The copy is seen where it is made.
                 carried = tree_map_only(Tensor, lambda t: t.detach().clone(), carried)
             trace.kind = ""
-            run = build(self.recipe, self.data, self.clock, carried, None, decisions)
+            run = build(self.recipe, self.data, self.clock, carried, None, decisions, world=self.world)
             del carried
             # Each weight is drawn in float32 before it gets its type.
             trace.kind = "workspace"

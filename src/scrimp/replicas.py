@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from scrimp.world import SAMPLES, World
@@ -45,6 +46,8 @@ def summed(run: Run, bucket: float) -> Backward:
     """
     from torch.nn.parallel import DistributedDataParallel
 
+    if any(isinstance(p, FakeTensor) for p in run.model.parameters()):
+        return _planned(run)
     with warnings.catch_warnings():
         # Its successor cannot be told to leave buffers alone, which are the same on all ranks by construction.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
@@ -52,15 +55,45 @@ def summed(run: Run, bucket: float) -> Backward:
             Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False, init_sync=False,
             gradient_as_bucket_view=True, find_unused_parameters=True,
         )  # fmt: skip
-    ranks = run.world.ranks(*SAMPLES)
+    # Torch looks at the annotations, which are texts here; a lambda has none.
+    reducer.register_comm_hook(_group(run), lambda group, bucket: _sum(group, bucket))
 
     def backward(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = reducer(batch, count)
-        # Torch takes the mean over ranks; the count is that of all of them already.
-        (loss * ranks).backward()
+        loss.backward()
         return loss.detach()
 
     return backward
+
+
+def _planned(run: Run) -> Backward:
+    """The same for tensors without values, which torch's engine cannot take: buckets that stay, and what is sent."""
+    held = [p for p in run.model.parameters() if p.requires_grad]
+    buckets = [torch.empty_like(p) for p in held]
+
+    def arrive(p: Tensor, bucket: Tensor) -> None:
+        assert p.grad is not None
+        p.grad = bucket.copy_(p.grad)
+
+    for p, bucket in zip(held, buckets, strict=True):
+        p.register_post_accumulate_grad_hook(lambda p, bucket=bucket: arrive(p, bucket))
+    job, group = Summed(run), _group(run)
+
+    def backward(batch: Batch, count: Tensor) -> Tensor:
+        loss: Any = job(batch, count)
+        loss.backward()
+        for bucket in buckets:
+            torch.distributed.all_reduce(bucket, group=group)
+        return loss.detach()
+
+    return backward
+
+
+def _sum(group: Any, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """The sum of a bucket of gradients over the ranks: torch's default is the mean, but losses are divided already."""
+    buffer = bucket.buffer()
+    sent = torch.distributed.all_reduce(buffer, group=group, async_op=True)
+    return sent.get_future().then(lambda _: buffer)
 
 
 def _group(run: Run) -> Any:

@@ -68,7 +68,7 @@ PHASES: Final[dict[str, tuple[str, ...]]] = {
     "items": ("filter", "sample"),
     "batch": ("length", "resolution", "augment"),
     "loss": ("items", "auxiliary", "scaled"),
-    "backward": ("micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
+    "backward": ("summed", "micro-batch", "accumulated", "measured", "masked", "perturbed", "unscaled", "watched"),
     "step": ("rounded", "averaged", "updated", "clipped", "masked", "unscaled", "delayed"),
     "evaluate": ("masked", "averaged"),
     "export": ("whole", "folded", "collapsed", "gated", "merged", "scaled", "averaged", "packed"),

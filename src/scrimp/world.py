@@ -47,7 +47,7 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    """None for a single rank."""
+    """Of the axes along which there is more than one rank; None for a single rank."""
 
     @property
     def first(self) -> bool:
@@ -57,16 +57,21 @@ class World:
     def ranks(self, *axes: str) -> int:
         """How many ranks there are along some axes."""
         found = 1
-        for axis in axes:
+        for axis in self._spread(*axes):
             found *= self.mesh[axis].size() if self.mesh is not None else 1
         return found
 
     def place(self, *axes: str) -> int:
         """This rank's place among those of some axes, the last axis varying fastest."""
         found = 0
-        for axis in axes:
+        for axis in self._spread(*axes):
             found = found * self.ranks(axis) + (self.mesh.get_local_rank(axis) if self.mesh is not None else 0)
         return found
+
+    def _spread(self, *axes: str) -> list[str]:
+        """Those of some axes that have more than one rank."""
+        names = self.mesh.mesh_dim_names if self.mesh is not None else None
+        return [axis for axis in axes if axis in (names or ())]
 
     def group(self, axis: str) -> Any:
         """The process group of the ranks that share this one's place on all other axes."""
@@ -150,7 +155,8 @@ def arranged(mesh: Mesh, device: str) -> World:
     shape = sizes(mesh, size)
     if size == 1:
         return ALONE
-    return World(dist.get_rank(), size, init_device_mesh(device, tuple(shape.values()), mesh_dim_names=AXES))
+    axes = {axis: count for axis, count in shape.items() if count > 1}
+    return World(dist.get_rank(), size, init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes)))
 
 
 def sizes(mesh: Mesh, ranks: int) -> dict[str, int]:

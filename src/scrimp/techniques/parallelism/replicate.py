@@ -41,6 +41,8 @@ class Replicate(Technique):
         costs="an all-reduce of all gradients a step",
         sets=("data parallelism",),
         axes=("replica", "data"),
+        phase={"backward": "summed"},
+        replaces=("backward",),
         example={},
         neutral={},
     )

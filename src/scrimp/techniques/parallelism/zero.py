@@ -15,8 +15,8 @@ DistributedDataParallel, and an update of each rank's own parameters.
 
 Saves: memory, as above. Costs: at stages 1 and 2 as many bytes as plain data parallelism sends, at stage 3 half as much
 again; while a block runs, its weights and gradients are there in full. Not for: models that fit into one device with
-their states. With a mesh of `replica: R, data: N`, weights are sharded over N ranks and replicated R times: what is sent
-most stays within a machine.
+their states. With a mesh of `replica: R, data: N`, weights are sharded over N ranks and replicated R times, and what
+is sent most stays within a machine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Zero(Technique):
         costs="stage 3 sends half as much again as plain data parallelism",
         sets=("data parallelism",),
         axes=("replica", "data"),
-        phase={"wrap": "shard", "optimizer": "sharded"},
+        phase={"wrap": "shard", "optimizer": "sharded", "backward": "summed"},
+        replaces=("backward",),
         example={},
         neutral={},
     )
