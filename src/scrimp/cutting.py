@@ -4,8 +4,9 @@
 Attention is cut by heads and an MLP by hidden units: rows of the first projections, columns of the last one. Names of
 parameters stay; modules note in `cuts` what was done to theirs.
 
-What is added to a layer's output may be cut with it, if it says how: `outputs` names its parameters with a row for each
-output of the layer, `inputs` those with a column for each input. It must be linear in its input then.
+A module that uses another one's parameters has an attribute `elsewhere`, since `spread` would not know. What is added
+to a layer's output may be cut with it, if it says how: `outputs` names its parameters with a row for each output of the
+layer, `inputs` those with a column for each input. It must be linear in its input then.
 """
 
 from __future__ import annotations
@@ -193,9 +194,12 @@ def check(model: nn.Module, sequence: bool, vocabulary: bool, where: str) -> Non
     for path, layer in layers.items():
         if getattr(layer, "prefix", None) is not None:
             raise UserError(f"the prefix of `{path}` has keys of all heads, of which ranks hold some.", where, fix)
-    for module in model.modules() if sequence else ():
+    for path, module in model.named_modules() if sequence else ():
         if getattr(module, "side", None) is not None or hasattr(module, "token_subset"):
-            what = "other techniques see the tokens between blocks, of which ranks would hold some."
+            what = "another technique sees the tokens between blocks, of which ranks would hold some."
+            raise UserError(what, where, "Set `sequence: false`.")
+        if hasattr(module, "elsewhere"):
+            what = f"`{path}` uses another module's parameters, whose gradients ranks would hold in part."
             raise UserError(what, where, "Set `sequence: false`.")
 
 

@@ -72,6 +72,7 @@ class TrainLarge(Technique):
         refuses={
             "frozen weights": "It begins with a larger model, for which there are no weights to freeze.",
         },
+        whole="Heads and neurons are chosen among those of whole layers.",
         phase={"model": "sizes", "carry": "widen", "loss": "auxiliary", "export": "whole"},
         example={"hidden": 1.5, "heads": 2.0, "layers": 1, "until": "4 step"},
     )

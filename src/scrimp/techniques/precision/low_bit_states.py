@@ -52,6 +52,7 @@ class LowBitStates(Technique):
         saves="3/4 of the optimizer's states at 8 bits, 7/8 at 4 bits",
         costs="passes over the states, and each parameter updated by itself",
         sets=("storage of optimizer states",),
+        whole="States are packed in blocks of whole tensors.",
         phase={"optimizer": "states", "carry": "decoded"},
         refuses={"place of optimizer states": "it moves states whole, and these are codes between steps."},
         example={"smallest": 64},

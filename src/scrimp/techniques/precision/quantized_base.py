@@ -54,6 +54,7 @@ class QuantizedBase(Technique):
             "initialization": "It fills or scales weights that are given and packed.",
             "shared blocks": "Shared weights are trained; export them, and pack the export.",
         },
+        whole="Weights are packed in blocks of whole matrices.",
         phase={"model": "frozen", "init": "packed", "carry": "packed", "export": "packed"},
         example={"targets": "attention.*"},
         remedies=({},),

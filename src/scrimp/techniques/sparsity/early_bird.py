@@ -76,6 +76,7 @@ class EarlyBird(Technique):
         sets=("depth schedule", "width schedule", "sparsity", "schedule's time"),
         needs=("qkv", "proj", "up", "down"),
         refuses={"frozen weights": "Its coefficients train with the weights, and rewinding begins them anew."},
+        whole="Heads and neurons are chosen among those of whole layers.",
         phase={"model": "sizes", "carry": "rewind", "schedule": "rounds", "loss": "auxiliary", "export": "whole"},
         example={"heads": 0.5, "every": "1 step", "until": "4 step", "distance": 0.0},
     )

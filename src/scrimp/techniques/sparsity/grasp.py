@@ -51,6 +51,7 @@ class GraSP(Technique):
         saves="FLOPs on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="a backward pass through a backward pass, once",
         sets=("sparsity",),
+        whole="Masks are chosen among the weights of whole layers.",
         phase={"backward": "masked", "step": "masked", "evaluate": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",

@@ -68,6 +68,7 @@ class Lottery(Technique):
         saves="FLOPs of the ticket on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="rounds + 1 trainings; a copy of the weights",
         sets=("sparsity", "depth schedule", "width schedule", "schedule's time"),
+        whole="Masks are chosen among the weights of whole layers.",
         phase={
             "carry": "rewind", "schedule": "rounds", "backward": "masked", "step": "masked", "evaluate": "masked",
             "export": "merged",

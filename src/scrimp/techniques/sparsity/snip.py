@@ -46,6 +46,7 @@ class SNIP(Technique):
         saves="FLOPs on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="a backward pass for each scoring batch, once",
         sets=("sparsity",),
+        whole="Masks are chosen among the weights of whole layers.",
         phase={"backward": "masked", "step": "masked", "evaluate": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.models.seams import Linear
+from scrimp.sharding import whole
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Prompt(Technique):
         if self.start != "random":
             net = self._reader(model, run)
             with torch.no_grad():
-                net.prompts.weight.copy_(net.embed_scale(net.embed_project(self._rows(net.embed.weight, run))))
+                net.prompts.weight.copy_(net.embed_scale(net.embed_project(self._rows(whole(net.embed.weight), run))))
         return model
 
     def carry(self, state: State, run: Run) -> State:
