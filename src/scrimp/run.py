@@ -36,7 +36,7 @@ from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plai
 from scrimp.sharding import follow, like, mark, shape, whole
 from scrimp.technique import SLOTS, Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
-from scrimp.world import ALONE, AXES, World
+from scrimp.world import ALONE, AXES, SAMPLES, World
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -239,6 +239,14 @@ def check_ranks(run: Run) -> None:
     Raises:
         UserError: naming what is missing.
     """
+    several = run.world.ranks(*SAMPLES, "context") > 1
+    for technique in run.order.techniques:
+        if technique.card.alone and several:
+            what = f"does not go with several ranks: {technique.card.alone}"
+            raise UserError(what, run.where(technique), "Drop it, or train on one.")
+    if several and not getattr(run.recipe.task, "decomposes", True):
+        what = "its loss compares each item with the whole batch, of which each rank has a part."
+        raise UserError(what, "task", "Train on one rank.")
     served = {axis for t in run.order.techniques for axis in t.card.axes}
     for axis in AXES:
         if run.world.ranks(axis) > 1 and axis not in served:

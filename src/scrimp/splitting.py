@@ -12,16 +12,16 @@ Both are unbiased, so that a single value may be negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from scrimp.sharding import cut_of
+from scrimp.world import ALONE, SAMPLES, World
 
 if TYPE_CHECKING:
+    from scrimp.run import Run
     from scrimp.technique import Backward, Batch
 
 
@@ -57,10 +57,24 @@ def check_parts(parts: int, batch: int, where: str, even: bool = False) -> None:
         raise UserError(what, where, "Choose a `parts` that divides `batch`.")
 
 
+def own_parts(parts: int, run: Run, where: str) -> int:
+    """How many of the parts of a batch fall to this rank.
+
+    Raises:
+        UserError: if the batch cannot be split so, or the parts cannot be shared evenly.
+    """
+    check_parts(parts, run.recipe.batch, where, even=True)
+    ranks = run.world.ranks(*SAMPLES)
+    if parts % ranks:
+        fix = f"Choose a multiple of {ranks}."
+        raise UserError(f"{parts} parts of a batch cannot be shared by {ranks} ranks.", where, fix)
+    return parts // ranks
+
+
 def compared(
-    backward: Backward, pieces: Sequence[Batch], count: Tensor, weights: Sequence[nn.Parameter]
+    backward: Backward, pieces: Sequence[Batch], count: Tensor, weights: Sequence[nn.Parameter], world: World = ALONE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `accumulated`, bitwise, and what the gradients of the parts tell.
+    """As `accumulated`, bitwise, and what the gradients of the parts tell, with those of other ranks.
 
     They are measured on their way into `.grad`, so that no copy of them is needed. A part's gradient counts as P times
     what it adds to the whole one: parts with more targets weigh more.
@@ -68,27 +82,24 @@ def compared(
     Returns:
         the loss, the variance v of a part's gradient, and the square m of the true one; float64.
     """
-    parts = len(pieces)
-    alone, cut = ([p for p in weights if (cut_of(p) is None) is kind] for kind in (True, False))
-    total = torch.zeros((2,), dtype=torch.float64, device=weights[0].device)
+    parts = len(pieces) * world.ranks(*SAMPLES)
+    total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
-    def arrived(grad: Tensor, kind: int) -> None:
-        total[kind].add_(square(grad))
+    def arrived(grad: Tensor) -> None:
+        total.add_(square(grad))
 
-    hooks = [p.register_hook(partial(arrived, kind=i)) for i, some in enumerate((alone, cut)) for p in some]
+    hooks = [p.register_hook(arrived) for p in weights]
     try:
         loss = accumulated(backward, pieces, count)
     finally:
         for hook in hooks:
             hook.remove()
+    # What arrives is a rank's own; what is left in `.grad` is summed over all.
+    total = world.total(total)
     whole = torch.zeros_like(total)
-    for i, some in enumerate((alone, cut)):
-        for p in some:
-            if p.grad is not None:
-                whole[i] += square(p.grad)
-    if cut and (found := cut_of(cut[0])) is not None:
-        total[1], whole[1] = found.sum(torch.stack([total[1], whole[1]]))
-    total, whole = total.sum(), whole.sum()
+    for p in weights:
+        if p.grad is not None:
+            whole += square(p.grad)
     variance = parts / (parts - 1) * (parts * total - whole)
     return loss, variance, whole - variance / parts
 

@@ -107,6 +107,9 @@ class Stack(nn.Module):
 class EncoderDecoder(nn.Module):
     """Embedding, encoder, decoder, head."""
 
+    entries = ("encode",)
+    """Methods beside `forward` by which others run it."""
+
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
         c = self.config = config

@@ -128,6 +128,9 @@ class Transformer(nn.Module):
             cache) -> the states that the last norm sees.
     """
 
+    entries = ("states",)
+    """Methods beside `forward` by which others run it."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         c = self.config = config

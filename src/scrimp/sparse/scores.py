@@ -39,22 +39,27 @@ def snip(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
     return [(w * g).abs() for w, g in zip(weights, grads, strict=True)]
 
 
-def grasp(losses: Sequence[Callable[[], Tensor]], weights: Sequence[nn.Parameter]) -> list[Tensor]:
+def grasp(
+    losses: Sequence[Callable[[], Tensor]], weights: Sequence[nn.Parameter], total: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
     """-w (H g), for the sum of some losses: H and g are those of the sum.
 
     Args:
+        total: sums a tensor over the ranks that have other losses.
         losses: parts of the loss, computed one at a time, so that only one has its activations in memory.
     """
     totals: list[Tensor] = []
     for loss in losses:
         grads = _known(torch.autograd.grad(loss(), weights, allow_unused=True), weights)
         totals = [a + b for a, b in zip(totals, grads, strict=True)] if totals else grads
+    totals = [total(g) for g in totals]
     products = [torch.zeros_like(w) for w in weights]
     for loss in losses:
         grads = _known(torch.autograd.grad(loss(), weights, create_graph=True, allow_unused=True), weights)
-        inner = torch.stack([(g * total).sum() for g, total in zip(grads, totals, strict=True)]).sum()
+        inner = torch.stack([(g * whole).sum() for g, whole in zip(grads, totals, strict=True)]).sum()
         parts = _known(torch.autograd.grad(inner, weights, allow_unused=True), weights)
         products = [a + b for a, b in zip(products, parts, strict=True)]
+    products = [total(product) for product in products]
     return [-w.detach() * product for w, product in zip(weights, products, strict=True)]
 
 

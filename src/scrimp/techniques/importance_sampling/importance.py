@@ -52,6 +52,7 @@ class Importance(Technique):
         },
         micro_batches=True,
         phase={"batch": "augment", "loss": "items", "backward": "micro-batch"},
+        alone="samples are chosen among all of a batch, of which each rank has a part.",
         example={"pool": 2, "threshold": 1.0},
         neutral={"pool": 1},
     )

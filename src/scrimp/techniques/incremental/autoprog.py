@@ -69,6 +69,7 @@ class AutoProg(Technique):
             "backward": "watched",
             "step": "averaged",
         },
+        whole="it averages whole weights.",
         example={"parts": 2, "search": 0.5},
         neutral={"parts": 1},
     )
@@ -190,7 +191,7 @@ class AutoProg(Technique):
             if self.measure == "seconds":
                 memory["#since"].fill_(supernet.now(run.device))
             loss = backward(batch, count)
-            memory["#losses"][place, visits % VISITS].copy_(loss)
+            memory["#losses"][place, visits % VISITS].copy_(run.world.total(loss))
             memory["#visits"][place].fill_(visits + 1)
             return loss
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from scrimp.groups import other_than_sgd, trainable
-from scrimp.splitting import accumulated, check_parts, compared, smooth, split
+from scrimp.splitting import accumulated, compared, own_parts, smooth, split
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class AdaScale(Technique):
         refuses={"gradient point": "the gain is that of gradients at the weights themselves, not at a point nearby."},
         micro_batches=True,
         phase={"schedule": "time", "backward": "accumulated", "step": "updated"},
+        whole="a gradient that arrives is measured, which is whole then and a part later.",
         example={"parts": 2},
     )
     parts: int = 2
@@ -74,17 +75,17 @@ class AdaScale(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Over every part, comparing their gradients."""
-        check_parts(self.parts, run.recipe.batch, run.where(self, "parts"), even=True)
+        own = own_parts(self.parts, run, run.where(self, "parts"))
         memory, weights = self._memory(run), list(trainable(run.model).values())
         keep, last = max(1 - self.parts / 1000, 0.0), [-1]
 
         def measured(batch: Batch, count: Tensor) -> Tensor:
-            pieces = split(batch, self.parts)
+            pieces = split(batch, own)
             # Once a step, whoever asks for the gradient twice; a batch may have lost samples on its way.
-            if last[0] == run.clock.step or len(pieces) < self.parts:
+            if last[0] == run.clock.step or len(pieces) < own:
                 return accumulated(backward, pieces, count)
             last[0] = run.clock.step
-            loss, variance, true = compared(backward, pieces, count, weights)
+            loss, variance, true = compared(backward, pieces, count, weights, run.world)
             memory["variance"] = smooth(memory["variance"], variance.clamp(min=0), keep)
             memory["square"] = smooth(memory["square"], true.clamp(min=0), keep)
             memory["gain"] = gain(memory["variance"], memory["square"], self.parts)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from scrimp.groups import trainable
-from scrimp.splitting import accumulated, check_parts, compared, smooth, split
+from scrimp.splitting import accumulated, compared, own_parts, smooth, split
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class NoiseScale(Technique):
         sets=("parts of a batch",),
         micro_batches=True,
         phase={"backward": "accumulated"},
+        whole="a gradient that arrives is measured, which is whole then and a part later.",
         example={"parts": 2},
     )
     parts: int = 2
@@ -61,19 +62,19 @@ class NoiseScale(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Over every part, comparing their gradients."""
-        check_parts(self.parts, run.recipe.batch, run.where(self, "parts"), even=True)
+        own = own_parts(self.parts, run, run.where(self, "parts"))
         memory, weights = run.memory(self), list(trainable(run.model).values())
         for name in ("variance", "square"):
             memory[name] = torch.zeros((), dtype=torch.float64, device=run.device)
         last, size = [-1], run.recipe.batch / self.parts
 
         def measured(batch: Batch, count: Tensor) -> Tensor:
-            pieces, now = split(batch, self.parts), run.clock.step
+            pieces, now = split(batch, own), run.clock.step
             # Once a step, whoever asks for the gradient twice; a batch may have lost samples on its way.
-            if now % self.every or now == last[0] or len(pieces) < self.parts:
+            if now % self.every or now == last[0] or len(pieces) < own:
                 return accumulated(backward, pieces, count)
             last[0] = now
-            loss, variance, true = compared(backward, pieces, count, weights)
+            loss, variance, true = compared(backward, pieces, count, weights, run.world)
             memory["variance"] = smooth(memory["variance"], variance, self.decay)
             memory["square"] = smooth(memory["square"], true, self.decay)
             scale = run.read(size * memory["variance"] / memory["square"], worst=1.0)

@@ -59,6 +59,7 @@ class ZeroOffload(Technique):
         sets=("place of optimizer states",),
         phase={"carry": "rewind", "optimizer": "states", "step": "delayed"},
         emulated=("cpu",),
+        whole="the host updates copies of whole weights.",
         example={"delay": True, "warmup": "2 step"},
         neutral={"delay": False},
     )

@@ -48,6 +48,7 @@ class ESAM(Technique):
         sets=("gradient point", "parts of a batch"),
         micro_batches=True,
         phase={"backward": "perturbed"},
+        alone="losses of single samples decide which of the batch are used again, and each rank has a part of it.",
         example={"rho": 0.05},
         neutral={"rho": 0.0},
     )

@@ -72,8 +72,8 @@ class TrainLarge(Technique):
         refuses={
             "frozen weights": "It begins with a larger model, for which there are no weights to freeze.",
         },
-        whole="Heads and neurons are chosen among those of whole layers.",
         phase={"model": "sizes", "carry": "widen", "loss": "auxiliary", "export": "whole"},
+        whole="heads and neurons are ranked by whole weights.",
         example={"hidden": 1.5, "heads": 2.0, "layers": 1, "until": "4 step"},
     )
     hidden: float = 2.0

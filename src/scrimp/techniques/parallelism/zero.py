@@ -21,6 +21,7 @@ is sent most stays within a machine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,13 +82,23 @@ class Zero(Technique):
         world = run.world
         assert world.mesh is not None
         mesh = world.mesh["replica", "data"] if world.ranks("replica") > 1 else world.mesh["data"]
-        for part in [*blocks(model, run.where(self)).values(), model]:
-            fully_shard(part, mesh=mesh, reshard_after_forward=self.stage == 3)
+        scalars = {p for p in model.parameters() if not p.ndim}
+        for part in _apart(model, run.where(self)):
+            fully_shard(part, mesh=mesh, reshard_after_forward=self.stage == 3, ignored_params=scalars)
+        # What is not in a block is needed first in the backward pass, or by a head that runs after `forward`.
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
         for part in _sharded(model):
             # Losses are divided by the count of all ranks already.
             part.set_gradient_divide_factor(1.0)
         for method in getattr(type(model), "entries", ()):
             register_fsdp_forward_method(model, method)
+        return model
+
+    def init(self, model: nn.Module, run: Run) -> nn.Module:
+        """Scalars, which cannot be sharded, stay whole: their gradients are summed over the ranks here."""
+        for p in model.parameters():
+            if self.shards and p.requires_grad and not p.ndim:
+                p.register_hook(lambda grad: run.world.total(grad))
         return model
 
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
@@ -110,6 +121,13 @@ class Zero(Technique):
             return found
 
         return sharded
+
+
+def _apart(model: nn.Module, where: str) -> list[nn.Module]:
+    """Blocks whose parameters are theirs alone; those that share some are gathered together, with the rest."""
+    found = blocks(model, where).values()
+    uses = Counter(p for block in found for p in set(block.parameters()))
+    return [block for block in found if all(uses[p] == 1 for p in block.parameters())]
 
 
 def _sharded(model: nn.Module) -> list[Any]:

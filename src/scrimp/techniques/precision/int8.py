@@ -54,6 +54,7 @@ class INT8(Technique):
         sets=("matrix product",),
         scope="targets",
         phase={"model": "seams", "step": "rounded"},
+        whole="weights are rounded whole.",
         example={"save": "int8", "weights": "int8"},
     )
     targets: str = "attention.*|mlp.*"

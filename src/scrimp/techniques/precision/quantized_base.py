@@ -54,8 +54,8 @@ class QuantizedBase(Technique):
             "initialization": "It fills or scales weights that are given and packed.",
             "shared blocks": "Shared weights are trained; export them, and pack the export.",
         },
-        whole="Weights are packed in blocks of whole matrices.",
         phase={"model": "frozen", "init": "packed", "carry": "packed", "export": "packed"},
+        whole="weights are packed whole.",
         example={"targets": "attention.*"},
         remedies=({},),
     )

@@ -76,8 +76,8 @@ class EarlyBird(Technique):
         sets=("depth schedule", "width schedule", "sparsity", "schedule's time"),
         needs=("qkv", "proj", "up", "down"),
         refuses={"frozen weights": "Its coefficients train with the weights, and rewinding begins them anew."},
-        whole="Heads and neurons are chosen among those of whole layers.",
         phase={"model": "sizes", "carry": "rewind", "schedule": "rounds", "loss": "auxiliary", "export": "whole"},
+        whole="heads and neurons are ranked by whole weights.",
         example={"heads": 0.5, "every": "1 step", "until": "4 step", "distance": 0.0},
     )
     heads: float = 0.3334

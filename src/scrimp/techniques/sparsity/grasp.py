@@ -51,7 +51,6 @@ class GraSP(Technique):
         saves="FLOPs on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="a backward pass through a backward pass, once",
         sets=("sparsity",),
-        whole="Masks are chosen among the weights of whole layers.",
         phase={"backward": "masked", "step": "masked", "evaluate": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",
@@ -61,6 +60,7 @@ class GraSP(Technique):
             "head loss": "a loss joined with its head cannot be differentiated twice.",
             "matrix product": "rounded products cannot be differentiated twice.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )
@@ -110,7 +110,7 @@ class GraSP(Technique):
         self, run: Run, batch: Batch, weights: dict[str, nn.Parameter], heads: list[nn.Module]
     ) -> dict[str, Tensor]:
         with sdpa_kernel(SDPBackend.MATH), cooled(heads, self.temperature):
-            found = grasp(self._losses(run, batch), list(weights.values()))
+            found = grasp(self._losses(run, batch), list(weights.values()), run.world.total)
         return {name: -s for name, s in zip(weights, found, strict=True)}
 
     def _losses(self, run: Run, first: Batch) -> list[Callable[[], Tensor]]:
@@ -122,7 +122,7 @@ class GraSP(Technique):
 
         found: list[Callable[[], Tensor]] = []
         for batch in scored_batches(run, first, self.batches, run.where(self, "batches")):
-            count = run.task.count(batch)
+            count = run.world.total(run.task.count(batch))
             found += [partial(loss, piece, count) for piece in split(batch, self.parts)]
         return found
 

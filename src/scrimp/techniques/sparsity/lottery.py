@@ -68,12 +68,12 @@ class Lottery(Technique):
         saves="FLOPs of the ticket on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="rounds + 1 trainings; a copy of the weights",
         sets=("sparsity", "depth schedule", "width schedule", "schedule's time"),
-        whole="Masks are chosen among the weights of whole layers.",
         phase={
             "carry": "rewind", "schedule": "rounds", "backward": "masked", "step": "masked", "evaluate": "masked",
             "export": "merged",
         },
         refuses={"frozen weights": "masks are of weights that are trained, and tuning freezes them."},
+        whole="masks are of whole weights.",
         example={"rounds": 2, "fraction": 0.5, "rewind": 0.25},
         neutral={"rounds": 0},
     )  # fmt: skip

@@ -45,12 +45,12 @@ class SET(Technique):
         saves="FLOPs on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="a sort of each layer's weights every interval",
         sets=("sparsity",),
-        whole="Masks are chosen among the weights of whole layers.",
         phase={"carry": "masked", "backward": "masked", "step": "masked", "evaluate": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",
             "width schedule": "masks have the shapes of their weights, which it changes.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5, "interval": "2 step"},
         neutral={"density": 1.0},
     )

@@ -46,13 +46,13 @@ class SNIP(Technique):
         saves="FLOPs on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="a backward pass for each scoring batch, once",
         sets=("sparsity",),
-        whole="Masks are chosen among the weights of whole layers.",
         phase={"backward": "masked", "step": "masked", "evaluate": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",
             "width schedule": "masks have the shapes of their weights, which it changes.",
             "closed branches": "every weight of a branch that begins at zero has a score of 0.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )

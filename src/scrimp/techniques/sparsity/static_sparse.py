@@ -47,12 +47,12 @@ class StaticSparse(Technique):
         saves="FLOPs on sparse hardware; no seconds on a CPU or GPU: masks are stored dense",
         costs="accuracy; a pass over gradients and weights",
         sets=("sparsity",),
-        whole="Masks are chosen among the weights of whole layers.",
         phase={"carry": "masked", "backward": "masked", "step": "masked", "evaluate": "masked", "export": "merged"},
         refuses={
             "frozen weights": "masks are of weights that are trained, and tuning freezes them.",
             "width schedule": "masks have the shapes of their weights, which it changes.",
         },
+        whole="masks are of whole weights.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )

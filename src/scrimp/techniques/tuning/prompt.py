@@ -141,7 +141,7 @@ class Prompt(Technique):
             ids = (said * self.length)[: self.length]
         else:
             ids = torch.randint(len(embedding), (self.length,), generator=generator(run.seed, f"{self.name}/rows"))
-        return embedding[torch.as_tensor(ids, device=embedding.device)]
+        return whole(embedding)[torch.as_tensor(ids, device=embedding.device)]
 
     def _encoder(self, width: int) -> nn.Module | None:
         if self.encoder == "none":
