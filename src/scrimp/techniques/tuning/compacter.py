@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -81,12 +81,7 @@ class KroneckerAdapter(nn.Module):
     Args:
         like: whose type and device are taken.
         owner: the adapter that owns the shared matrices; None if this one does.
-
-    Attributes:
-        elsewhere: that it uses another module's parameters.
     """
-
-    elsewhere: ClassVar = True
 
     def __init__(self, width: int, bottleneck: int, n: int, like: Tensor, owner: KroneckerAdapter | None) -> None:
         super().__init__()
