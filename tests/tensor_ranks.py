@@ -26,7 +26,7 @@ from scrimp.sharding import whole
 from scrimp.training import Result, train
 from scrimp.vocabulary import SharedCrossEntropy
 from scrimp.world import ALONE, World, arranged
-from tiny import MODEL, example, home, recipe
+from tiny import MODEL, home, recipe
 from tiny_tasks import TINY, Memory
 
 MESH = {"tensor": 2, "data": 1}

@@ -6,12 +6,13 @@ parameters stay; modules note in `cuts` what was done to theirs.
 
 A module that uses another one's parameters has an attribute `elsewhere`, since `spread` would not know. What is added
 to a layer's output may be cut with it, if it says how: `outputs` names its parameters with a row for each output of the
-layer, `inputs` those with a column for each input. It must be linear in its input then.
+layer, `inputs` those with a column for each input. It must be linear in its input then. What changes a sum of all ranks
+and looks at nothing else has an attribute `behind`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from scrimp.vocabulary import SharedCrossEntropy, looked_up
 
 ROWS, COLUMNS = 0, 1
 """Dimensions of a weight [outputs, inputs]."""
+INSIDE = ("qkv", "q", "kv", "q_norm", "k_norm", "core", "up", "gate")
+"""Names of what a layer has before its last projection: for each rank's heads or hidden units."""
 LAST = ("proj", "down")
 """Names of the projections behind which the ranks' parts are summed."""
 Way = Callable[[Tensor], Tensor]
@@ -54,7 +57,7 @@ class Cutter:
             for path, layer in block.named_modules():
                 if isinstance(layer, Attention | CrossAttention | MLP):
                     self.layer(f"{name}.{path}", layer, lane)
-                    inside |= set(layer.modules()) - set(layer.get_submodule(_last(layer)).modules())
+                    inside |= {m for n, child in layer.named_children() if n in INSIDE for m in child.modules()}
             for module in block.modules():
                 spread(module, lane, always=module in inside or hasattr(module, "cuts"))
 
@@ -130,10 +133,10 @@ class Cutter:
 
     def _columns(self, layer: Linear, lane: Lane) -> None:
         """Cut a layer's inputs; its outputs are summed over ranks, and the bias is added once."""
-        steps = _cuttable(layer)
+        steps, sections = _cuttable(layer), (layer.weight.shape[1],)
         for module, names in ((layer, ("weight",)), *((step, step.inputs) for step in steps)):
             for name in names:
-                self._take(module, name, COLUMNS, (layer.weight.shape[1],))
+                self._take(module, name, COLUMNS, sections)
         # What is added before the sum costs no sum of its own.
         layer.on_output = [(phase, name) for phase, name in layer.on_output if layer.get_submodule(name) not in steps]
         inner = layer.product
@@ -180,17 +183,12 @@ def check(model: nn.Module, sequence: bool, vocabulary: bool, where: str) -> Non
     if not layers:
         fix = "Use one of Scrimp's own models, or `zero`."
         raise UserError(f"{type(model).__name__} has none of the layers that it cuts.", where, fix)
-    heads = {p: m.get_submodule("head") for p, m in model.named_modules() if hasattr(m, "head_loss") and vocabulary}
-    linears = [(f"{path}.{n}", n, m) for path, layer in layers.items() for n, m in layer.named_children()]
-    linears += [(f"{path}.head".lstrip("."), "head", head) for path, head in heads.items()]
     fix = "Train it with `replicate` or `zero` instead."
-    for path, name, layer in linears:
-        if isinstance(layer, Linear):
-            free = {layer.get_submodule(n) for _, n in layer.on_output if name in LAST} | set(_cuttable(layer))
-            added = [n for n, child in layer.named_children() if child not in free]
-            if added:
-                what = f"`{added[0]}` changes the whole of `{path}`, of which ranks hold parts."
-                raise UserError(what, where, fix)
+    heads = {p: m for p, m in model.named_modules() if hasattr(m, "head_loss") and vocabulary}
+    for path, owner in {**layers, **heads}.items():
+        for place, child in _added(path, owner):
+            what = f"`{child}` changes the whole of `{place}`, of which ranks hold parts."
+            raise UserError(what, where, fix)
     for path, layer in layers.items():
         if getattr(layer, "prefix", None) is not None:
             raise UserError(f"the prefix of `{path}` has keys of all heads, of which ranks hold some.", where, fix)
@@ -201,6 +199,20 @@ def check(model: nn.Module, sequence: bool, vocabulary: bool, where: str) -> Non
         if hasattr(module, "elsewhere"):
             what = f"`{path}` uses another module's parameters, whose gradients ranks would hold in part."
             raise UserError(what, where, "Set `sequence: false`.")
+
+
+def _added(path: str, owner: nn.Module) -> Iterator[tuple[str, str]]:
+    """(place, name) of what other techniques have added to a layer, or to a model's head, that cannot be cut."""
+    head = hasattr(owner, "head_loss")
+    for name, child in owner.named_children():
+        place = f"{path}.{name}".lstrip(".")
+        if isinstance(child, Linear) and name in (("head",) if head else (*INSIDE, *LAST)):
+            steps = _cuttable(child)
+            for step, module in child.named_children():
+                if module not in steps and not (name in LAST and hasattr(module, "behind")):
+                    yield place, step
+        elif not head and name not in INSIDE and not hasattr(child, "behind") and any(True for _ in child.parameters()):
+            yield path, name
 
 
 def spread(module: nn.Module, lane: Lane, always: bool) -> None:
