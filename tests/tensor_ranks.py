@@ -104,7 +104,7 @@ def loss(ranks: Ranks) -> dict[str, float]:
         (2 * expected).backward()
         (2 * value).backward()
         assert full.grad is not None and part.grad is not None
-        found[f"value {smoothing}"] = float((value - expected).abs())
+        found[f"value {smoothing}"] = float((value - expected).detach().abs())
         found[f"gradient {smoothing}"] = float((part.grad - full.grad)[:, own].abs().max())
     return found
 

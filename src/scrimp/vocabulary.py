@@ -76,7 +76,7 @@ class SummedLoss(torch.autograd.Function):
         """softmax - (1 - smoothing) onehot - smoothing / V, in rows that count."""
         softmax, rows, foreign, counts = ctx.saved_tensors
         grad = softmax - ctx.smoothing / ctx.vocab
-        own = ((1 - ctx.smoothing) * ~foreign).to(grad.dtype)
+        own = (1 - ctx.smoothing) * (~foreign).to(grad.dtype)
         grad.scatter_add_(-1, rows[:, None], -own[:, None])
         return (grad * counts[:, None] * grads[0]).to(ctx.dtype), None, None, None, None
 

@@ -140,7 +140,7 @@ class LowRank(nn.Module):
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """A uniform within 1 / sqrt(in), B zero: the layer begins as it was."""
         if name == "a":
-            bound = 1 / math.sqrt(self.a.shape[1])
+            bound = 1 / math.sqrt(value.shape[1])
             value.uniform_(-bound, bound, generator=generator)
         else:
             value.zero_()
