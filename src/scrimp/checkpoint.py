@@ -89,7 +89,7 @@ def _files(state: State, world: World) -> dict[str, dict[str, Tensor]]:
     for i, (name, ranks) in enumerate(holders.items()):
         if name not in named:
             continue
-        tensor = whole(named[name].detach())
+        tensor = whole(named[name])
         if ranks[i % len(ranks)] == world.rank:
             part, _, rest = name[0].partition(".")
             file = f"{part}.safetensors" if world.size == 1 else f"{part}-{world.rank:05d}.safetensors"

@@ -164,8 +164,7 @@ def load_moments(
             part, group = owner[id(p)]
             # As torch places them: counters stay on the host unless a fused kernel reads them on the device.
             host = moment == "step" and not (group.get("fused") or group.get("capturable"))
-            place = "cpu" if host else p.device
-            part.state[p][moment] = like(p, value) if sharded(p) else value.to(place, copy=True)
+            part.state[p][moment] = like(p, value) if sharded(p) or not host else value.to("cpu", copy=True)
 
 
 def other_than_sgd(optimizer: Optimizer) -> str:

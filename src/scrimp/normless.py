@@ -24,7 +24,7 @@ from scrimp.errors import UserError
 from scrimp.groups import Multipliers, trainable
 from scrimp.models.layers import MLP, Attention, CrossAttention, Embedding, Norm
 from scrimp.models.seams import Linear, blocks
-from scrimp.sharding import put
+from scrimp.sharding import put, shape
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -213,21 +213,22 @@ def fill(model: nn.Module, seed: int, prefix: str, factor: Factor = lambda name,
             _fill_matrix(path, module, model, seed, prefix, factor)
     for name, p in model.named_parameters():
         if name.rpartition(".")[2] == "class_token":
-            put(p, _normal(p.shape, p.shape[-1], seed, f"{prefix}/{name}") * factor(name, ""))
+            put(p, _normal(shape(p), p.shape[-1], seed, f"{prefix}/{name}") * factor(name, ""))
 
 
 def _fill_matrix(path: str, layer: Any, model: nn.Module, seed: int, prefix: str, factor: Factor) -> None:
-    name, shape = f"{path}.weight", layer.weight.shape
+    name, size = f"{path}.weight", shape(layer.weight)
     above, _, child = path.rpartition(".")
     parent = model.get_submodule(above)
     if isinstance(layer, Embedding) or child == "patches":
-        size = max(1, shape[1])
-        put(layer.weight, _normal(shape, size, seed, f"{prefix}/{name}") * factor(name, ""))
+        put(layer.weight, _normal(size, max(1, size[1]), seed, f"{prefix}/{name}") * factor(name, ""))
         return
-    parts = rows_of(parent, child, shape[0])
+    # Of a cut layer its parent knows this rank's heads.
+    own = max(1, len(layer.weight))
+    parts = {part: rows * size[0] // own for part, rows in rows_of(parent, child, own).items()}
     label = f"{prefix}/{path if isinstance(parent, Attention | CrossAttention | MLP) else name}"
     pieces = [
-        _xavier(torch.Size((rows, shape[1])), seed, f"{label}/{i}" if len(parts) > 1 else label) * factor(name, part)
+        _xavier(torch.Size((rows, size[1])), seed, f"{label}/{i}" if len(parts) > 1 else label) * factor(name, part)
         for i, (part, rows) in enumerate(parts.items())
     ]
     put(layer.weight, torch.cat(pieces))

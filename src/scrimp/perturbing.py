@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+
+from scrimp.sharding import gradient_norm
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -30,7 +31,7 @@ def perturb(parameters: Sequence[nn.Parameter], rho: float, still: Collection[in
     """
     if not parameters:
         return []
-    scale = rho / (get_total_norm([p.grad for p in parameters if p.grad is not None]) + 1e-12)
+    scale = rho / (gradient_norm(parameters) + 1e-12)
     copies: list[Tensor] = []
     for i, p in enumerate(parameters):
         assert p.grad is not None

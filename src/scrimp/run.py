@@ -33,6 +33,7 @@ from scrimp.groups import (
     trainable,
 )
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step, share
+from scrimp.sharding import follow, like, mark, shape, whole
 from scrimp.technique import SLOTS, Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
 from scrimp.world import ALONE, AXES, SAMPLES, World
@@ -133,7 +134,11 @@ class Run:
         state: State = {"model": weights}
         if self.optimizer is not None:
             state |= moments(self.optimizer, parameters)
-        return state | {f"memory.{key}": tensors for key, tensors in self.memories.items() if tensors}
+        state |= {f"memory.{key}": tensors for key, tensors in self.memories.items() if tensors}
+        for tensors in state.values():
+            for name, tensor in tensors.items():
+                follow(tensor, parameters.get(name))
+        return state
 
 
 def build(
@@ -172,6 +177,7 @@ def build(
         model = run.fold("model", model)
     freeze(model, run.order.techniques, getattr(run.task, "trains", ()))
     run.model = materialize(run.fold("wrap", model), run.device)
+    mark(run.model)
     initialize(run.model, run.seed)
     run.model = run.fold("init", run.model)
     state = run.fold("carry", last if last is not None else source or {})
@@ -280,7 +286,8 @@ def load_rest(run: Run, state: State) -> None:
     """
     assert run.optimizer is not None
     kinds = {kind: tensors for kind, tensors in state.items() if kind.startswith("optimizer.")}
-    load_moments(run.optimizer, dict(run.model.named_parameters()), kinds)
+    parameters = dict(run.model.named_parameters())
+    load_moments(run.optimizer, parameters, kinds)
     keys = set(run.order.keys.values())
     for kind, tensors in state.items():
         if kind.startswith("memory."):
@@ -288,13 +295,15 @@ def load_rest(run: Run, state: State) -> None:
             if key not in keys:
                 raise UserError(f"the checkpoint has memory of `{key}`, which the recipe lacks.", "checkpoint")
             kept = run.memories.setdefault(key, {})
-            off = [n for n in tensors if n not in kept or kept[n].shape != tensors[n].shape] + [
+            for name, tensor in kept.items():
+                follow(tensor, parameters.get(name))
+            off = [n for n in tensors if n not in kept or shape(kept[n]) != tensors[n].shape] + [
                 n for n in kept if n not in tensors
             ]
             if off:
                 raise UserError(f"the memory of `{key}` does not fit: {', '.join(off[:6])}.", "checkpoint")
             for name, value in tensors.items():
-                kept[name] = value.to(kept[name].device, copy=True)
+                kept[name] = like(kept[name], value)
 
 
 def make_optimizer(run: Run) -> Optimizer:
@@ -323,7 +332,7 @@ def make_optimizer(run: Run) -> Optimizer:
 
 def exported(run: Run) -> dict[str, Tensor]:
     """Plain weights of the original architecture: every technique's `export`, outermost first."""
-    named: dict[str, Tensor] = {n: p.detach() for n, p in run.model.named_parameters()} | persistent(run.model)
+    named: dict[str, Tensor] = {n: whole(p) for n, p in run.model.named_parameters()} | persistent(run.model)
     for technique in reversed(run.order.slots["export"]):
         named = technique.export(named, run)
     return named

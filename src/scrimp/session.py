@@ -67,7 +67,7 @@ def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
     run.decisions = decisions
     if session.folder is None:
         state = run.state()
-        return {kind: {n: whole(t.detach()).cpu() for n, t in tensors.items()} for kind, tensors in state.items()}
+        return {kind: {n: whole(t).cpu() for n, t in tensors.items()} for kind, tensors in state.items()}
     state, _ = checkpoint.load(snapshot(run, session, whole=True))
     return state
 

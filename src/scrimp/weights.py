@@ -16,7 +16,7 @@ from scrimp.disk import settle
 from scrimp.draws import generator
 from scrimp.errors import UserError, did_you_mean
 from scrimp.models.seams import matching
-from scrimp.sharding import put
+from scrimp.sharding import put, shape
 from scrimp.technique import Technique
 
 HEADS: Final = ("head.", "head_transform.", "head_project.", "pooler.")
@@ -107,7 +107,7 @@ def initialize(model: nn.Module, seed: int, skip: set[int] | None = None) -> Non
             continue
         fill = getattr(module, "initialize", None)
         for name, p in own.items() if fill is not None else ():
-            value = torch.empty(p.shape, dtype=torch.float32)
+            value = torch.empty(shape(p), dtype=torch.float32)
             fill(name, value, generator(seed, f"{path}.{name}" if path else name))  # type: ignore[misc]
             put(p, value)
             settle(p)
@@ -141,8 +141,8 @@ def load_weights(model: nn.Module, given: Mapping[str, Tensor], needed: Callable
     own: dict[str, Tensor] = {**dict(model.named_parameters()), **persistent(model)}
     missing = [n for n in own if n not in given and needed(n)]
     unexpected = [n for n in given if n not in own]
-    wrong = [f"{n} {list(t.shape)} instead of {list(own[n].shape)}" for n, t in given.items()
-             if n in own and t.shape != own[n].shape]  # fmt: skip
+    wrong = [f"{n} {list(t.shape)} instead of {list(shape(own[n]))}" for n, t in given.items()
+             if n in own and t.shape != shape(own[n])]  # fmt: skip
     if missing or unexpected or wrong:
         lists = {"missing": missing, "unexpected": unexpected, "misshapen": wrong}
         what = "; ".join(f"{kind}: {', '.join(found[:8])}" + (f" and {len(found) - 8} more" if len(found) > 8 else "")

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.models.seams import Linear, blocks
+from scrimp.sharding import shape
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -63,7 +64,7 @@ def hidden_units(model: nn.Module, where: str = "") -> list[Units]:
         if _linear(module, "up") and _linear(module, "down"):
             into = [name for name in ("up", "gate") if _linear(module, name)]
             sides = [Side(f"{path}.{name}", 0, (1,)) for name in into] + [Side(f"{path}.down", 1, (1,))]
-            found.append(Units(path, len(module.get_parameter("up.weight")), tuple(sides)))
+            found.append(Units(path, shape(module.get_parameter("up.weight"))[0], tuple(sides)))
     return _some(found, "MLPs with layers `up` and `down`", where)
 
 
@@ -81,6 +82,9 @@ def head_units(model: nn.Module, where: str = "") -> list[Units]:
         own: Any = module
         width, count = int(own.width), int(own.kv_heads)
         queries = width * (int(own.heads) // count)
+        first = module.get_parameter("qkv.weight" if joint else "q.weight")
+        # Of a cut layer the module knows this rank's heads.
+        count *= shape(first)[0] // max(1, len(first))
         into = {"qkv": (queries, width, width)} if joint else {"q": (queries,), "kv": (width, width)}
         sides = [Side(f"{path}.{name}", 0, sizes) for name, sizes in into.items()]
         found.append(Units(path, count, (*sides, Side(f"{path}.proj", 1, (queries,)))))

@@ -19,11 +19,14 @@ class Dropout(nn.Module):
     Args:
         p: share of activations that become zero.
         site: number of this place in the model; every place has its own mask.
+
+    Attributes:
+        before: a seam: how many tokens of each sample stand before those that it gets.
     """
 
     def __init__(self, p: float, site: int) -> None:
         super().__init__()
-        self.p, self.site = p, site
+        self.p, self.site, self.before = p, site, 0
         # Not in `forward`: compiled, the product would be symbolic, for which inductor makes invalid C++.
         self.key = site * 0x9E3779B1 & 0xFFFFFFFF
 
@@ -32,14 +35,14 @@ class Dropout(nn.Module):
             return x
         if sample is None:
             raise ValueError("dropout needs the samples' numbers: pass `sample` to the model.")
-        return x * keep(x.shape, sample, self.key, self.p, x.device).to(x.dtype) / (1 - self.p)
+        return x * keep(x.shape, sample, self.key, self.p, x.device, self.before).to(x.dtype) / (1 - self.p)
 
 
-def keep(shape: torch.Size, sample: Tensor, key: int, p: float, device: torch.device) -> Tensor:
-    """Boolean mask [B, T, C], True with probability 1 - p."""
+def keep(shape: torch.Size, sample: Tensor, key: int, p: float, device: torch.device, before: int = 0) -> Tensor:
+    """Boolean mask [B, T, C], True with probability 1 - p; `before` tokens of the samples have masks elsewhere."""
     _, tokens, width = shape
     row = mixed(mixed(sample.to(device) & 0xFFFFFFFF) ^ key)[:, None, None]
-    token = mixed(row ^ torch.arange(tokens, device=device)[:, None])
+    token = mixed(row ^ torch.arange(before, before + tokens, device=device)[:, None])
     bits = mixed(token ^ (torch.arange(width, device=device) * 0x85EBCA6B & 0xFFFFFFFF))
     return bits >= int(p * 2**32)
 

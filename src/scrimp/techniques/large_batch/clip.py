@@ -18,9 +18,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from scrimp.errors import UserError
+from scrimp.sharding import gradient_norm
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Clip(Technique):
             assert run.optimizer is not None
             held = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
             if held:
-                clip_grads_with_norm_(held, self.norm, get_total_norm([p.grad for p in held]))
+                clip_grads_with_norm_(held, self.norm, gradient_norm(held))
             return step()
 
         return clipped

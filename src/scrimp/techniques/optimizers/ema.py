@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.groups import trainable
+from scrimp.sharding import follow, whole
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class EMA(Technique):
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """The average instead of the last weights."""
         memory, weights = run.memory(self), trainable(run.model)
-        return {name: memory[name].to(tensor.dtype) if name in weights else tensor for name, tensor in named.items()}
+        return {name: whole(follow(memory[name], weights[name])).to(tensor.dtype) if name in weights else tensor
+                for name, tensor in named.items()}  # fmt: skip
 
 
 @torch.no_grad()

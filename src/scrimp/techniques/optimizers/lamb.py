@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from scrimp.chunks import chunks, norms, whole
+from scrimp.chunks import chunks, norms
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
+from scrimp.sharding import gradient_norm, totals, whole
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -145,10 +145,10 @@ class LAMBRule(Optimizer):
 
     def _factor(self) -> Tensor | None:
         """By which all gradients are multiplied; None for 1."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not self.clip or not grads:
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not self.clip or not held:
             return None
-        return (self.clip / whole(get_total_norm(grads))).clamp(max=1.0)
+        return (self.clip / whole(gradient_norm(held))).clamp(max=1.0)
 
     def _move(
         self, params: Sequence[nn.Parameter], group: dict[str, Any], factor: Tensor | None, adapted: bool
@@ -165,7 +165,7 @@ class LAMBRule(Optimizer):
         rows = [(p.detach(), s["exp_avg"], s["exp_avg_sq"], *c) for p, s, c in zip(params, states, counts, strict=True)]
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         decay = group["weight_decay"] if adapted else 0.0
-        old = torch.stack(norms([row[0] for row in rows]))
+        old = totals(torch.stack(norms([row[0] for row in rows])), params)
         squares = torch.zeros_like(old).unbind()
         with_grads = [(w, g, q, *more) for (w, *more), g, q in zip(rows, grads, squares, strict=True)]
         for w, g, square, m, v, *corrections in chunks(with_grads):
@@ -178,7 +178,7 @@ class LAMBRule(Optimizer):
                 torch._foreach_add_(w, updates, alpha=-group["lr"])
         if not adapted:
             return
-        scales = ratios(old, torch.stack(squares).sqrt(), group)
+        scales = ratios(old, totals(torch.stack(squares).sqrt(), params), group)
         for w, m, v, scale, *corrections in chunks(
             [(w, m, v, scale, *c) for (w, m, v, *c), scale in zip(rows, scales, strict=True)]
         ):

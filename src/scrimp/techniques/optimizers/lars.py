@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from scrimp.chunks import chunks, norms
 from scrimp.errors import UserError
 from scrimp.groups import Group, param_groups
+from scrimp.sharding import totals
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class LARSRule(Optimizer):
     def _move(self, params: Sequence[nn.Parameter], group: dict[str, Any], adapted: bool) -> None:
         rows: list[tuple[Tensor, ...]] = [(p.detach(), p.grad, self.state[p]["momentum_buffer"]) for p in params]  # type: ignore[misc]
         if adapted and rows:
-            scales = ratios([row[0] for row in rows], [row[1] for row in rows], group)
+            scales = ratios(params, [row[1] for row in rows], group)
             rows = [(*row, scale) for row, scale in zip(rows, scales, strict=True)]
         for weights, grads, momenta, *scalars in chunks(rows):
             _update(weights, grads, momenta, scalars[0] if adapted else None, group)
@@ -143,7 +144,7 @@ class LARSRule(Optimizer):
 
 def ratios(weights: Sequence[Tensor], grads: Sequence[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
     """lam of each tensor, as scalars; 1 where the weights or the gradient are all zero."""
-    w, g = torch.stack(norms(weights)), torch.stack(norms(grads))
+    w, g = (totals(torch.stack(norms(tensors)), weights) for tensors in (weights, grads))
     found = group["eta"] * w / (g + group["weight_decay"] * w + group["eps"])
     if group["trust_clip"]:
         found = (found / group["lr"]).clamp(max=1.0)

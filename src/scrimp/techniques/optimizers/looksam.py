@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from scrimp.groups import trainable
 from scrimp.perturbing import perturb, restore, with_gradients
+from scrimp.sharding import cut_of, totals
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def lean(named: Mapping[str, nn.Parameter], memory: Mapping[str, Tensor], alpha:
         assert p.grad is not None
         direction = memory[name]
         # As in the authors' code; a g_v of zeros adds nothing.
-        factor = alpha * p.grad.norm() / (direction.norm() + 1e-8)
+        size, length = totals(torch.stack([p.grad.norm(), direction.norm()]), [p, p])
+        factor = alpha * size / (length + 1e-8)
         p.grad.addcmul_(direction, factor)
 
 
@@ -116,6 +118,8 @@ def remember(named: Mapping[str, nn.Parameter], memory: Mapping[str, Tensor]) ->
             kept.zero_()
             continue
         along, square = torch.linalg.vecdot(p.grad.flatten(), kept.flatten()), kept.norm().square()
+        if (cut := cut_of(p)) is not None:
+            along, square = cut.sum(torch.stack([along, square]))
         kept.mul_(torch.where(square > 0, -along / square, 0.0)).add_(p.grad)
         # Gradients that overflow float16 are not for keeping; their update is skipped.
         torch.nan_to_num_(kept, 0.0, 0.0, 0.0)

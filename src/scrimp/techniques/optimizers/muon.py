@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from scrimp.errors import UserError
 from scrimp.groups import Group, Several, param_groups
 from scrimp.models.seams import matching
+from scrimp.sharding import cut_of, follow, like, shape, sharded, whole
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -146,10 +147,15 @@ class MuonRule(Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(p)
                 momentum = state["momentum"].mul_(mu).add_(p.grad)
-                update = orthogonal(p.grad.add(momentum, alpha=mu), self.dtype, self.iterations)
+                update = self._orthogonal(p.grad.add(momentum, alpha=mu), p)
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(update.to(p.dtype), alpha=-lr * 0.2 * math.sqrt(max(shape(p))))
         return loss
+
+    def _orthogonal(self, update: Tensor, p: Tensor) -> Tensor:
+        """Of the whole matrix, where ranks hold parts of it."""
+        found = orthogonal(whole(follow(update, p)), self.dtype, self.iterations)
+        return found if cut_of(p) is None and not sharded(p) else like(p, found)
 
 
 def orthogonal(matrix: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:

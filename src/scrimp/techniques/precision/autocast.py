@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from scrimp.errors import UserError
 from scrimp.models.seams import wrap_forward
+from scrimp.sharding import gradient_norm, whole
 from scrimp.technique import Card, Technique, at_least
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Autocast(Technique):
             grads = [p.grad for p in held if p.grad is not None]
             for grad in grads:
                 grad.div_(scale)
-            if not math.isfinite(run.read(whole(get_total_norm(grads, math.inf)), worst=0.0)):
+            if not math.isfinite(run.read(whole(gradient_norm(held, math.inf)), worst=0.0)):
                 for p in held:
                     p.grad = None
                 scale.mul_(0.5)
@@ -130,9 +130,3 @@ class Autocast(Technique):
             return updated
 
         return unscaled
-
-
-def whole(norm: Tensor) -> Tensor:
-    """A norm over all shards, so that all ranks decide alike."""
-    gather = getattr(norm, "full_tensor", None)
-    return norm if gather is None else gather()

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,13 @@ class Bottleneck(nn.Module):
 
 
 class Serial(Bottleneck):
-    """(x, y) -> y + Ad(y)."""
+    """(x, y) -> y + Ad(y).
+
+    Attributes:
+        behind: that it changes y, and looks at nothing else.
+    """
+
+    behind: ClassVar = True
 
     def __init__(self, width: int, bottleneck: int, activation: str, std: float, like: Tensor) -> None:
         super().__init__(width, width, bottleneck, activation, like)

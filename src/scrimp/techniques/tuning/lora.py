@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,10 @@ class LowRank(nn.Module):
         layer: whose shape, type and device are taken.
     """
 
+    outputs: ClassVar = ("b",)
+    """Parameters with a row for each output of the layer, and with a column for each input."""
+    inputs: ClassVar = ("a",)
+
     def __init__(self, layer: Linear, rank: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
@@ -136,7 +140,7 @@ class LowRank(nn.Module):
     def initialize(self, name: str, value: Tensor, generator: torch.Generator) -> None:
         """A uniform within 1 / sqrt(in), B zero: the layer begins as it was."""
         if name == "a":
-            bound = 1 / math.sqrt(self.a.shape[1])
+            bound = 1 / math.sqrt(value.shape[1])
             value.uniform_(-bound, bound, generator=generator)
         else:
             value.zero_()

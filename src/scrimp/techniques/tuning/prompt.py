@@ -133,6 +133,7 @@ class Prompt(Technique):
 
     def _rows(self, embedding: Tensor, run: Run) -> Tensor:
         """Rows [length, E] of an embedding [V, E]."""
+        embedding = whole(embedding)
         if self.start == "text":
             tokenizer = getattr(run.data, "tokenizer", None)
             said = tokenizer.encode(self.text) if tokenizer is not None else []
@@ -141,7 +142,7 @@ class Prompt(Technique):
             ids = (said * self.length)[: self.length]
         else:
             ids = torch.randint(len(embedding), (self.length,), generator=generator(run.seed, f"{self.name}/rows"))
-        return whole(embedding)[torch.as_tensor(ids, device=embedding.device)]
+        return embedding[torch.as_tensor(ids, device=embedding.device)]
 
     def _encoder(self, width: int) -> nn.Module | None:
         if self.encoder == "none":

@@ -16,7 +16,7 @@ activations: bitfit, ia3 and adapters keep fewer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -119,10 +119,15 @@ class Scale(nn.Module):
 class Shift(nn.Module):
     """bias -> gamma * bias + beta. Shapes: [outputs].
 
+    Attributes:
+        elsewhere: that it uses another module's parameters.
+
     Args:
         like: the bias.
         scale: which owns gamma.
     """
+
+    elsewhere: ClassVar = True
 
     def __init__(self, like: Tensor, std: float, scale: Scale) -> None:
         super().__init__()
