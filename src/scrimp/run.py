@@ -7,7 +7,7 @@ is named tensors, on the host or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
@@ -33,7 +33,7 @@ from scrimp.groups import (
     trainable,
 )
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step, share
-from scrimp.sharding import follow, like, mark, shape, whole
+from scrimp.sharding import follow, gradient_norm, like, mark, shape, whole
 from scrimp.technique import SLOTS, Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
 from scrimp.world import ALONE, AXES, SAMPLES, World
@@ -66,6 +66,12 @@ class Run:
     model: nn.Module = field(default_factory=nn.Module)
     base: frozenset[str] = frozenset()
     """Names of the parameters before any surgery."""
+    elsewhere: frozenset[str] = frozenset()
+    """Names of the parameters and buffers that only other ranks hold; checkpoints have them, this rank does not."""
+    repeated: frozenset[str] = frozenset()
+    """Names of the parameters that an earlier rank holds as well, so that sums over ranks must not count them again."""
+    plans: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What techniques work out in one slot for another, by technique."""
     optimizer: Optimizer | None = None
     factor: Callable[[float], float] = lambda _: 1.0
     index: np.ndarray = field(default_factory=lambda: np.arange(0))
@@ -82,6 +88,8 @@ class Run:
     signals: list[str] = field(default_factory=list[str])
     """Reasons of techniques to end the stage after this step; the cut is recorded like any other."""
     evaluate: Evaluate | None = None
+    closing: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """What techniques finish when the stage ends, on all ranks at once."""
 
     def fold(self, slot: str, value: Any) -> Any:
         """What the trainer would use -> what it shall use.
@@ -116,6 +124,20 @@ class Run:
     def read(self, value: Tensor, worst: float) -> float:
         """A scalar's value; `worst` while planning, when tensors have none."""
         return worst if isinstance(value, FakeTensor) else float(value)
+
+    def norm(self, weights: Iterable[nn.Parameter]) -> Tensor:
+        """The norm of the gradients of some parameters together, with those that other stages of a pipeline hold."""
+        stages, again = self.world.ranks("pipeline") > 1, set[int]()
+        if stages:
+            again = {id(p) for name, p in self.model.named_parameters() if name in self.repeated}
+        norm = gradient_norm([p for p in weights if id(p) not in again])
+        # No sum over a single rank: the square root of a square is not always the same number.
+        return self.world.total(norm.square(), "pipeline").sqrt() if stages else norm
+
+    def close(self) -> None:
+        """The stage ends."""
+        for job in self.closing:
+            job()
 
     def set_lr(self) -> float:
         """Set every group's learning rate for the current progress; returns the largest."""
@@ -180,7 +202,7 @@ def build(
     mark(run.model)
     initialize(run.model, run.seed)
     run.model = run.fold("init", run.model)
-    state = run.fold("carry", last if last is not None else source or {})
+    state = own(run.fold("carry", last if last is not None else source or {}), run.elsewhere)
     if "model" in state:
         fresh = renewable(config)
         load_weights(run.model, state["model"],
@@ -231,6 +253,13 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
     initialize(model, seed, skip=before)
     run.model = run.fold("wrap", model)
     return run.fold("init", run.model)
+
+
+def own(state: State, elsewhere: Collection[str]) -> State:
+    """What this rank holds of a state: without the tensors that belong to other ranks only."""
+    if not elsewhere:
+        return state
+    return {kind: {n: t for n, t in tensors.items() if n not in elsewhere} for kind, tensors in state.items()}
 
 
 def check_ranks(run: Run) -> None:
@@ -314,20 +343,22 @@ def make_optimizer(run: Run) -> Optimizer:
         table[pattern] = table.get(pattern, Multipliers()).times(Multipliers(rule.lr, rule.decay))
     table = run.fold("groups", table)
     rules = {run.order.key(t): t for t in run.order.slots["optimizer"] if "update rule" in t.card.sets}
-    owned = partition(names, {key: scope(t) for key, t in rules.items()})
+    owned = partition(names, {key: scope(t) for key, t in rules.items()}, run.elsewhere)
 
     def make(groups: list[Group]) -> Optimizer:
         made: list[Optimizer] = []
         for key, technique in rules.items():
             mine = [Group({n: p for n, p in g.params.items() if n in owned[key]}, g.lr, g.decay) for g in groups]
-            made.append(technique.optimizer(make, run)([g for g in mine if g.params]))
+            # Other ranks may hold all that a rule trains.
+            if any(g.params for g in mine) or not run.elsewhere:
+                made.append(technique.optimizer(make, run)([g for g in mine if g.params]))
         return made[0] if len(made) == 1 else Several(made)
 
     wrapped: Callable[[list[Group]], Optimizer] = make
     for technique in run.order.slots["optimizer"]:
         if technique not in rules.values():
             wrapped = technique.optimizer(wrapped, run)
-    return wrapped(assign(names, table))
+    return wrapped(assign(names, table, run.elsewhere))
 
 
 def exported(run: Run) -> dict[str, Tensor]:
