@@ -29,6 +29,7 @@ from scrimp.errors import UserError
 from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
 from scrimp.machines.timing import step_seconds
+from scrimp.meter import weights
 from scrimp.ops import Op
 from scrimp.plain import tokens_of
 from scrimp.ranks import pretended, sent
@@ -67,7 +68,10 @@ class StagePlan:
     slowest: list[tuple[str, float]]
     """(operator, seconds), the slowest first."""
     parameters: int
+    """Weights, packed ones as what they stand for."""
     trained: int
+    packed: int
+    """Of the parameters, those that are held in four bits."""
     sent: int = 0
     """Bytes that each rank sends in a step."""
 
@@ -236,7 +240,7 @@ class DryRun:
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
             clock.stage, count, tokens * self.ranks, moment, line, segments, held, step, seconds, slowest,
-            sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), volume,
+            *weights(run.model), volume,
         )  # fmt: skip
         with self.mode:
             state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())

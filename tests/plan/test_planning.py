@@ -16,6 +16,7 @@ from scrimp.errors import UserError
 from scrimp.machines.machine import KNOWN, Machine, machine
 from scrimp.meter import LiveBytes
 from scrimp.planning import CannotPlanError, plan
+from scrimp.planview import text
 from scrimp.recipe import Recipe
 from scrimp.registry import modules
 from scrimp.technique import Card, Cost, Technique, overrides
@@ -76,6 +77,15 @@ def test_frozen_weights_have_neither_gradients_nor_states() -> None:
     stage = plan(made, CPU, made.data.open()).stages[0]
     assert stage.trained < stage.parameters / 5
     assert stage.peak.kinds["states"] <= 8 * stage.trained + 4 * 60
+
+
+def test_packed_weights_count_as_what_they_stand_for() -> None:
+    plain, packed = (plan(recipe(example("sgd"), example("lora"), *more), CPU, TinyData().open())
+                     for more in ((), (example("quantized_base", targets="mlp.*"),)))  # fmt: skip
+    (one,), (two,) = plain.stages, packed.stages
+    assert (one.parameters, one.trained, one.packed) == (two.parameters, two.trained, 0)
+    assert two.packed == 4 * 2 * 32 * 128
+    assert "32.8k packed in four bits" in text(packed) and "packed" not in text(plain)
 
 
 def test_stages_are_planned_one_by_one() -> None:
