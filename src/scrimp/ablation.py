@@ -28,7 +28,7 @@ from scrimp.charts import (
     unit,
 )
 from scrimp.clock import Duration
-from scrimp.errors import UserError
+from scrimp.errors import UserError, plural
 from scrimp.forest import Effect, forest
 
 FILE: Final = "comparison.json"
@@ -257,11 +257,6 @@ def amount(value: float, scales: Sequence[tuple[float, str]]) -> str:
 def broken(name: str) -> str:
     """A name as HTML that may go on in a new line after an underscore."""
     return text(name).replace("_", "_<wbr>")
-
-
-def plural(count: int, noun: str) -> str:
-    """1 seed, 2 seeds."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _mean(cells: Sequence[Cell], of: Callable[[Cell], float]) -> float:
