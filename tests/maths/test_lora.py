@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import scrimp
 from scrimp.errors import UserError
 from scrimp.run import exported
 from scrimp.techniques.tuning.lora import LoRA
 from tiny import example, recipe, run_of, step
+from tiny_tuning import kept
 
 ALL = "attention.*|mlp.*"
 UNTIED = {"layers": 2, "width": 32, "heads": 2, "tied": False}
@@ -116,21 +117,6 @@ def test_what_cannot_be_tuned_is_refused() -> None:
     with pytest.raises(UserError, match="the weight of `head` is shared"):
         run_of(recipe(LoRA(targets="head")))
     assert "head.weight" in exported(run_of(recipe(LoRA(targets="head"), model=UNTIED)))
-
-
-def kept(block: nn.Module, x: Tensor) -> float:
-    """What a block keeps for its backward pass beside parameters, in units of its input's size."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    saved: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            saved.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        block(x)
-    return sum(t.untyped_storage().nbytes() for t in saved.values()) / x.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from scrimp.errors import UserError
-from scrimp.models.hub_peft import Names, agreed
+from scrimp.models.hub_peft import Folder, Names, Trained, agreed
 from scrimp.models.seams import matching
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json says, and their tensors."""
-    named = {name: p.detach() for name, p in model.named_parameters()}
+    named, names, techniques = trained.weights(), trained.names, trained.techniques
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for technique in techniques:
@@ -48,18 +48,13 @@ def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str
     }, tensors  # fmt: skip
 
 
-def read(
-    raw: Mapping[str, Any],
-    held: dict[str, Tensor],
-    techniques: Sequence[Any],
-    base: Mapping[str, Tensor],
-    names: Names,
-) -> dict[str, Tensor]:
+def read(folder: Folder) -> dict[str, Tensor]:
     """Our tensors of what is held.
 
     Raises:
         UserError: if the recipe's ranks, scales or layers are others than the folder's; with what to write.
     """
+    raw, held, names = folder.raw, folder.held, folder.names
     ours: dict[str, Tensor] = {}
     wanted: dict[str, tuple[int, float]] = {}
     for layer in names.layers:
@@ -76,11 +71,11 @@ def read(
         ours |= {f"{layer}.lora.a": a, f"{layer}.lora.b": b}
         if raw.get("use_dora"):
             # Rows that they did not adapt keep their lengths.
-            lengths = torch.linalg.vector_norm(base[f"{layer}.weight"], dim=1)
+            lengths = torch.linalg.vector_norm(folder.base[f"{layer}.weight"], dim=1)
             for theirs, rows in places.items():
                 lengths[rows] = held.pop(f"{theirs}.{MAGNITUDE}").to(lengths.dtype)
             ours[f"{layer}.lora.m"] = lengths
-    _check(raw, techniques, wanted, names)
+    _check(raw, folder.techniques, wanted, names)
     return ours
 
 
