@@ -25,6 +25,7 @@ from scrimp.techniques.optimizers.sgd import SGD
 from scrimp.trace import Trace
 from scrimp.training import train
 from tiny import MODEL, TinyData, example, recipe, run_of, step
+from tiny_tasks import Memory
 
 BATCHES = 4096
 """Bytes of the batches that a run holds and a plan does not count."""
@@ -58,6 +59,13 @@ def test_plans_the_live_bytes_of_the_whole_run(name: str, tmp_path: Path, monkey
 ])  # fmt: skip
 def test_plans_every_kind_of_model(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(example("adamw"), model=MODEL | changes, out=str(tmp_path))
+    planned = plan(made, CPU, made.data.open())
+    assert 0 <= measured(made, monkeypatch) - planned.live <= BATCHES
+
+
+def test_plans_tokens_that_are_dropped_by_their_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(example("token_drop", mode="loss", levels=1), model=MODEL | {"causal": False}, task="masked-lm",
+                  data=Memory("masked-lm"), duration="4 step", out=str(tmp_path))  # fmt: skip
     planned = plan(made, CPU, made.data.open())
     assert 0 <= measured(made, monkeypatch) - planned.live <= BATCHES
 
