@@ -38,12 +38,13 @@ def write(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     first = techniques[0]
     others = {theirs: size for theirs, size in sizes.items() if size != (first.rank, first.alpha)}
     return {
-        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
+        "r": first.rank, "lora_alpha": first.alpha, "bias": "none",
         "fan_in_fan_out": names.model_type == "gpt2",
         "target_modules": names.short(list(sizes)),
         "rank_pattern": {theirs: rank for theirs, (rank, _) in others.items()},
         "alpha_pattern": {theirs: alpha for theirs, (_, alpha) in others.items()},
         "use_rslora": agreed({t.targets: t.rank_stabilized for t in techniques}, "rank_stabilized"),
+        "lora_dropout": agreed({t.targets: t.dropout for t in techniques}, "dropout"),
         "use_dora": agreed({t.targets: t.magnitude for t in techniques}, "magnitude"),
     }, tensors  # fmt: skip
 
@@ -109,11 +110,13 @@ def _check(
 ) -> None:
     """Compare the recipe's settings with the folder's."""
     stabilized, magnitude = bool(raw.get("use_rslora")), bool(raw.get("use_dora"))
+    # With magnitudes, inputs are not dropped here.
+    dropout = 0.0 if magnitude else float(raw.get("lora_dropout") or 0.0)
     given = {
         layer: (t.rank, t.alpha)
         for t in techniques
         for layer in matching(t.targets, list(names.layers), "linear layer")
-        if (t.rank_stabilized, t.magnitude) == (stabilized, magnitude)
+        if (t.rank_stabilized, t.magnitude, t.dropout) == (stabilized, magnitude, dropout)
     }
     same = given.keys() == wanted.keys() and all(
         given[n][0] == wanted[n][0] and math.isclose(given[n][1], wanted[n][1], rel_tol=1e-9) for n in wanted
@@ -126,6 +129,7 @@ def _check(
         if ending not in layers.setdefault(size, []):
             layers[size].append(ending)
     more = (", rank_stabilized: true" if stabilized else "") + (", magnitude: true" if magnitude else "")
+    more += f", dropout: {dropout:g}" if dropout else ""
     lines = [f"{{rank: {rank}, alpha: {alpha:g}, targets: {'|'.join(found)}{more}}}"
              for (rank, alpha), found in layers.items()]  # fmt: skip
     text = lines[0] if len(lines) == 1 else f"[{', '.join(lines)}]"
