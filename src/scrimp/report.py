@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from scrimp import ablation, runlog
-from scrimp.ablation import Comparison
 from scrimp.charts import BYTES, area, text
+from scrimp.comparison import Comparison
 from scrimp.errors import UserError, plural
 from scrimp.runlog import RunLog
 
