@@ -7,15 +7,12 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from scrimp.arguments import axes_of, load, numbers, within
 from scrimp.errors import UserError
-
-if TYPE_CHECKING:
-    from scrimp.recipe import Recipe
-    from scrimp.registry import Entry
 
 app = typer.Typer(
     help="Train Transformers on less: less computation, less data, less memory.",
@@ -187,42 +184,21 @@ def probe() -> None:
 @app.command("list")
 def list_(json_: AsJson = False) -> None:
     """List all techniques by section."""
+    from scrimp.listing import described, sections
     from scrimp.registry import catalogue
 
-    entries = catalogue()
-    if json_:
-        typer.echo(json.dumps([described(entry) for entry in entries.values()], indent=1))
-        return
-    sections: dict[str, list[Entry]] = {}
-    for entry in entries.values():
-        sections.setdefault(entry.card.section, []).append(entry)
-    width = max(map(len, entries))
-    for section, members in sorted(sections.items()):
-        typer.echo(section)
-        for entry in members:
-            typer.echo(f"  {entry.name:{width}} {first_line(entry)}")
+    entries = catalogue().values()
+    typer.echo(json.dumps([described(entry) for entry in entries], indent=1) if json_ else sections(entries))
 
 
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A technique's name.")], json_: AsJson = False) -> None:
     """Show what a technique does, costs, claims, sets and needs, and its settings."""
+    from scrimp.listing import described, whole
     from scrimp.registry import entry as find
 
     entry = find(name)
-    if json_:
-        typer.echo(json.dumps(described(entry), indent=1))
-        return
-    card = entry.card
-    typer.echo(f"{entry.name}  ({card.section}; {card.paper})\n\n{entry.about}\n")
-    facts = {"Claim": card.claim, "Saves": card.saves, "Costs": card.costs, "Sets": ", ".join(card.sets),
-             "Needs": ", ".join(card.needs), "Trains": ", ".join(card.trains), "Slots": ", ".join(entry.slots),
-             "Emulated on": ", ".join(card.emulated), "Clashes with": ", ".join(rivals(entry))}  # fmt: skip
-    for label, text in facts.items():
-        if text:
-            typer.echo(f"{label + ':':14}{text}")
-    typer.echo("\nSettings:")
-    for setting in entry.settings:
-        typer.echo(f"  {setting.name}: {setting.type} = {setting.default!r}\n      {setting.about}")
+    typer.echo(json.dumps(described(entry), indent=1) if json_ else whole(entry))
 
 
 @app.command()
@@ -341,93 +317,7 @@ def demo(
     run(out, steps)
 
 
-def axes_of(text: str) -> dict[str, int]:
-    """axis -> ranks, from `data=2,tensor=2`."""
-    try:
-        return {axis.strip(): int(count) for axis, count in (pair.split("=") for pair in text.split(","))}
-    except ValueError:
-        raise UserError(f"`{text}` is no mesh.", "--mesh", "Write it as data=2,tensor=2.") from None
-
-
-def within(option: str, value: float, zero: str = "") -> None:
-    """Check a number of the command line.
-
-    Args:
-        zero: what 0 means, a sentence.
-    Raises:
-        UserError: if it is negative, no number, or too large for a generator's seed.
-    """
-    if not 0 <= value < 2**63:
-        bound = "below 2**63" if value > 0 else "at least 0"
-        raise UserError(f"must be {bound}, not {value}.", option, zero)
-
-
-def load(path: Path, overrides: list[str] | None) -> Recipe:
-    """A recipe with overrides."""
-    from scrimp.recipe import Recipe
-
-    return Recipe.load(path, overrides or [])
-
-
 def watch(what: str) -> None:
     """Show on a terminal what is planned now."""
     if sys.stderr.isatty():
         print(f"\r\033[Kplanning {what[:100]}\033[K", end="\r", file=sys.stderr, flush=True)
-
-
-def numbers(text: str) -> list[float]:
-    """Numbers between commas.
-
-    Raises:
-        UserError: if one is none, or not above 0.
-    """
-    try:
-        found = [float(part) for part in text.split(",")]
-    except ValueError:
-        found = [0.0]
-    if not all(0 < value < 1e6 for value in found):
-        raise UserError(f"`{text}` are not factors above 0.", "--lrs", "Write them as 0.5,1,2.")
-    return found
-
-
-def first_line(entry: Entry) -> str:
-    """A technique in one line."""
-    return entry.about.split("\n", 1)[0]
-
-
-def rivals(entry: Entry) -> list[str]:
-    """Techniques that set the same thing, or something that one of the two refuses."""
-    from scrimp.arrange import things
-    from scrimp.registry import catalogue
-
-    mine, refused = set(entry.card.sets), set(entry.card.refuses)
-    return [
-        name
-        for name, other in catalogue().items()
-        if name != entry.name
-        and (
-            mine & set(other.card.sets) or refused & things(other.card) or set(other.card.refuses) & things(entry.card)
-        )
-    ]
-
-
-def described(entry: Entry) -> dict[str, Any]:
-    """A technique as JSON."""
-    card = entry.card
-    emulated = set(card.emulated)
-    return {
-        "name": entry.name,
-        "section": card.section,
-        "paper": card.paper,
-        "claim": card.claim,
-        "saves": card.saves,
-        "costs": card.costs,
-        "sets": list(card.sets),
-        "slots": list(entry.slots),
-        "settings": {
-            s.name: {"type": s.type, "default": None if s.default is ... else s.default, "about": s.about}
-            for s in entry.settings
-        },
-        "runs": {device: "emulated" if device in emulated else "yes" for device in ("cpu", "cuda")},
-        "module": entry.module,
-    }

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from scrimp.errors import plural
+
 
 def text(found: dict[str, Any]) -> str:
     """One row an arm: claimed, planned, measured."""
     base = found["arms"][0]
-    seeds, budget = len(found["seeds"]), found["mode"].replace("-", " ")
+    seeds, budget = plural(len(found["seeds"]), "seed"), found["mode"].replace("-", " ")
     rows = [f"{'arm':28}{'planned':>16}{'measured':>34}", f"{'':28}{'memory':>8}{'time':>8}{'memory':>9}{'time':>8}"
             f"{'loss':>17}  to baseline's loss   verdict"]  # fmt: skip
     rows += [row(arm, base) for arm in found["arms"]]
     rows += [f"{name:28}left out: {reason}" for name, reason in found["left_out"].items()]
     rows += [
         "",
-        f"Baseline: {', '.join(base['techniques'])}; loss {base['summary']['loss']:.4f}. {seeds} seeds, {budget}; "
+        f"Baseline: {', '.join(base['techniques'])}; loss {base['summary']['loss']:.4f}. {seeds}, {budget}; "
         "memory and time are ratios to the baseline's,",
         "loss is the difference to it with half its 95 % interval. A verdict needs p < 0.05 over the seeds.",
     ]

@@ -12,7 +12,6 @@ The system keeps both in step; a write past the page cache drops what the cache 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -29,12 +28,12 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from scrimp.errors import UserError
+from scrimp.pages import Pages, written
 
 PAGE: Final = 4096
 """Bytes to which addresses, offsets and lengths are aligned."""
 SMALL: Final = 1 << 16
 """Bytes below which a tensor's pages are left to the system: waiting for a disk costs more than they do."""
-LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Scratch:
@@ -198,30 +197,6 @@ class Extent:
             os.posix_fadvise(self.file.fd, self.offset, self.room, os.POSIX_FADV_DONTNEED)
 
 
-class Pages:
-    """Pages of a file as memory, until nobody holds `memory`.
-
-    Python's own mapping holds a descriptor each, and a large model has more tensors than a process may have those.
-
-    Raises:
-        OSError: if the system refuses.
-    """
-
-    def __init__(self, fd: int, offset: int, length: int) -> None:
-        access, place = mmap.PROT_READ | mmap.PROT_WRITE, ctypes.c_int64(offset)
-        LIBC.mmap.restype = ctypes.c_void_p
-        found: int = LIBC.mmap(None, ctypes.c_size_t(length), access, mmap.MAP_SHARED, fd, place)
-        if found == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self.memory = (ctypes.c_char * length).from_address(found)
-        self.span = ctypes.c_void_p(found), ctypes.c_size_t(length)
-        weakref.finalize(self.memory, LIBC.munmap, *self.span).atexit = False
-
-    def advise(self, what: int) -> None:
-        """Tell the system what comes next."""
-        LIBC.madvise(*self.span, what)
-
-
 class Imagined:
     """An extent of a plan: tensors without values, and no file."""
 
@@ -272,15 +247,6 @@ def aligned(size: int) -> Tensor:
     raw = torch.empty(size + PAGE, dtype=torch.uint8)
     skip = 0 if detect_fake_mode() is not None else -raw.data_ptr() % PAGE
     return raw[skip : skip + size]
-
-
-def written(fd: int, offset: int, length: int) -> int:
-    """Wait until changed pages of a file are on disk, without the journal, which nobody will read; 0 if they are."""
-    whole: Any = getattr(LIBC, "sync_file_range", None)
-    if whole is None:
-        os.fsync(fd)
-        return 0
-    return whole(ctypes.c_int(fd), ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(7))
 
 
 def marked(tensor: Tensor, extent: Extent | Imagined) -> Tensor:

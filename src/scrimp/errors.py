@@ -65,3 +65,8 @@ def did_you_mean(word: str, known: Iterable[str], listed: int = 12) -> str:
     if len(names) <= listed:
         return f"Known: {', '.join(names)}."
     return f"Known: {', '.join(names[:listed])}, ..."
+
+
+def plural(count: int, noun: str) -> str:
+    """1 seed, 2 seeds."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

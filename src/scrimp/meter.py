@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 
 from scrimp.disk import extent_of
+
+PACKED: Final = 2
+"""Packed weights a byte."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -84,6 +87,17 @@ def memory_peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak()
 
 
+def weights(model: nn.Module) -> tuple[int, int, int]:
+    """How many weights a model has, how many of them are trained, and how many are packed.
+
+    Packed ones count as what they stand for, two a byte; the scales beside them, which are vectors of bytes, do not.
+    """
+    packed = sum(PACKED * p.numel() for p in model.parameters() if p.dtype == torch.uint8 and p.ndim >= 2)
+    plain = [p for p in model.parameters() if p.dtype != torch.uint8]
+    trained = sum(p.numel() for p in plain if p.requires_grad)
+    return packed + sum(p.numel() for p in plain), trained, packed
+
+
 def flops_per_token(model: nn.Module, tokens: int) -> float:
     """Algorithmic FLOPs of one training token: 6 a weight of a matrix product, and the causal half of attention.
 
@@ -95,7 +109,7 @@ def flops_per_token(model: nn.Module, tokens: int) -> float:
     ours = type(model).__module__.startswith("scrimp.")
     tables = (".positions.weight", ".embed.weight")
     weights = sum(
-        p.numel() * (2 if p.dtype == torch.uint8 else 1)  # packed weights are two a byte
+        p.numel() * (PACKED if p.dtype == torch.uint8 else 1)
         for n, p in model.named_parameters(remove_duplicate=not ours)
         if p.ndim >= 2 and not f".{n}".endswith(tables)
     )

@@ -113,3 +113,8 @@ def share(run: Run, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:
 def tokens_of(task: Any, batch: Batch) -> int:
     """Tokens that a batch trains on; for a task that does not say, what its loss sums over."""
     return int(getattr(task, "tokens", task.count)(batch))
+
+
+def is_plain(function: Callable[..., object]) -> bool:
+    """Whether a slot's value is this file's: no technique has changed it."""
+    return function.__module__ == __name__

@@ -30,6 +30,7 @@ from scrimp.launching import spread
 from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
 from scrimp.machines.timing import step_seconds
+from scrimp.meter import weights
 from scrimp.ops import Op
 from scrimp.plain import tokens_of
 from scrimp.ranks import pretended, sent
@@ -69,7 +70,10 @@ class StagePlan:
     slowest: list[tuple[str, float]]
     """(operator, seconds), the slowest first."""
     parameters: int
+    """Weights, packed ones as what they stand for."""
     trained: int
+    packed: int
+    """Of the parameters, those that are held in four bits."""
     sent: int = 0
     """Bytes that each rank sends in a step."""
 
@@ -238,8 +242,7 @@ class DryRun:
         seconds += cost.seconds + (volume / self.target.link if self.target.link else 0.0)
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
-            clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest,
-            sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad), volume,
+            clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest, *weights(run.model), volume,
         )  # fmt: skip
         with self.mode:
             state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())

@@ -28,6 +28,7 @@ def text(plan: Plan) -> str:
 def _head(plan: Plan, worst: StagePlan) -> list[str]:
     machine = plan.machine
     share = "all trained" if worst.trained == worst.parameters else f"{count(worst.trained)} trained"
+    share += f", {count(worst.packed)} packed in four bits" if worst.packed else ""
     names = ", ".join(t.name for t in plan.recipe.techniques)
     return [
         f"{count(worst.parameters)} parameters, {share}; {worst.tokens:,} tokens a step; with {names}",
@@ -211,6 +212,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "tokens": s.tokens,
                 "parameters": s.parameters,
                 "trained": s.trained,
+                "packed": s.packed,
                 "live": s.peak.total,
                 "segments": s.segments,
                 "reserved": s.reserved,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from scrimp import ablation, runlog
-from scrimp.ablation import Comparison, plural
 from scrimp.charts import BYTES, area, text
-from scrimp.errors import UserError
+from scrimp.comparison import Comparison
+from scrimp.errors import UserError, plural
 from scrimp.runlog import RunLog
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ state or in `run.memory(self)`, all of which are checkpointed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -281,27 +281,29 @@ def _checked(technique: Technique, own: Callable[[Technique], None]) -> None:
 
 
 def at_least(least: float, technique: Technique, *settings: str) -> None:
-    """Check numbers among a technique's settings.
-
-    Raises:
-        UserError: naming the first that is less, or no number.
-    """
-    for name in settings:
-        value = getattr(technique, name)
-        if not value >= least:
-            raise UserError(f"{name} must be at least {least}, not {value}.")
-
-
-def below_one(technique: Technique, *settings: str) -> None:
-    """Check shares among a technique's settings: at least 0 and less than 1.
+    """Check numbers among a technique's settings; no number is less than all.
 
     Raises:
         UserError: naming the first that is not.
     """
+    _each(technique, settings, lambda value: value >= least, f"at least {least}")
+
+
+def below_one(technique: Technique, *settings: str) -> None:
+    """Check shares among a technique's settings: at least 0 and less than 1. Raises as `at_least`."""
+    _each(technique, settings, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+
+
+def above_zero(technique: Technique, *settings: str) -> None:
+    """Check shares that may be the whole: above 0 and at most 1. Raises as `at_least`."""
+    _each(technique, settings, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
+def _each(technique: Technique, settings: Sequence[str], fits: Callable[[float], bool], words: str) -> None:
     for name in settings:
         value = getattr(technique, name)
-        if not 0 <= value < 1:
-            raise UserError(f"{name} must be at least 0 and less than 1, not {value}.")
+        if not fits(value):
+            raise UserError(f"{name} must be {words}, not {value}.")
 
 
 def overrides(technique: Technique | type[Technique], slot: str) -> bool:

@@ -115,6 +115,14 @@ def test_a_gain_is_one_only_when_the_seeds_agree() -> None:
     assert summary({"cells": [cell(9.0)]}, {"cells": [cell(2.0)]}, None)["seconds_to_baseline"] is None
 
 
+@pytest.mark.parametrize(("seeds", "said"), [([0], " 1 seed, same steps"), ([0, 1], " 2 seeds, same steps")])
+def test_one_seed_is_one(seeds: list[int], said: str) -> None:
+    base: dict[str, Any] = {"name": "baseline", "techniques": ["sgd"], "claim": "", "lr": 1.0, "cells": [cell(2.0)],
+                            "planned": {"memory": 1, "seconds": 1}}  # fmt: skip
+    base["summary"] = summary(base, base, None)
+    assert said in text({"arms": [base], "seeds": seeds, "mode": "same-steps", "left_out": {}})
+
+
 def test_the_clock_leaves_out_first_steps(tmp_path: Path) -> None:
     steps = [(1, 0, 9.0), (2, 0, 1.0), (3, 0, 1.2), (4, 1, 8.0), (5, 1, 2.0)]
     shared: dict[str, Any] = {"loss": 1.0, "tokens": 10, "peak_bytes": 7}

@@ -8,7 +8,7 @@ import torch
 from scrimp.errors import UserError
 from scrimp.run import exported
 from scrimp.techniques.tuning.bitfit import BitFit
-from tiny import step
+from tiny import example, step
 from tiny_tuning import SMALL, kept_more, made, merge_error, outputs
 
 
@@ -35,3 +35,9 @@ def test_a_block_keeps_no_more_than_a_frozen_one() -> None:
 def test_a_model_without_biases_is_refused() -> None:
     with pytest.raises(UserError, match="the model has no biases"):
         made(BitFit(), model={**SMALL, "bias": False})
+
+
+def test_norms_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UserError, match="matches no weight of a norm"):
+        made(BitFit(norms=True), example("rezero"))
+    made(BitFit(), example("rezero"))

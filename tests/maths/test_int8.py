@@ -142,3 +142,19 @@ def test_rounded_weights_are_seen_by_who_keeps_a_copy() -> None:
     before = weight._version
     example("int8").step(lambda: True, run)()
     assert weight._version > before
+
+
+def test_weights_on_their_grid_are_as_large_against_their_gradients_as_floats() -> None:
+    """What quantization-aware scaling restores for codes q = w / s, whose ratio is s^-2 times as large."""
+    ratios: list[list[Tensor]] = []
+    for more in ((), (example("int8", weights="int8"),)):
+        run = run_of(recipe(*more, example("sgd", lr=1e-3, momentum=0.0)))
+        step(run)
+        batch = run.batch(1)
+        assert run.backward
+        run.backward(batch, run.task.count(batch))
+        weights = [run.model.get_parameter(f"blocks.{i}.{name}.weight") for i in range(4)
+                   for name in ("attention.qkv", "attention.proj", "mlp.up", "mlp.down")]  # fmt: skip
+        ratios.append([w.detach().norm() / w.grad.norm() for w in weights if w.grad is not None])
+    assert len(ratios[0]) == 16
+    torch.testing.assert_close(torch.stack(ratios[0]), torch.stack(ratios[1]), rtol=0.05, atol=0)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scrimp
 from scrimp.errors import UserError
+from scrimp.meter import LiveBytes
 from scrimp.run import exported
 from scrimp.techniques.tuning.lora import LoRA
-from tiny import example, recipe, run_of, step
+from scrimp.training import train
+from tiny import TinyData, assert_equal, example, flat, recipe, run_of, step
+from tiny_tasks import TINY, Memory
+from tiny_tuning import kept
 
 ALL = "attention.*|mlp.*"
 UNTIED = {"layers": 2, "width": 32, "heads": 2, "tied": False}
@@ -100,6 +107,88 @@ def test_bfloat16_weights_are_rounded_once() -> None:
     assert torch.equal(found, once.to(torch.bfloat16))
 
 
+def drops(**settings: Any) -> Any:
+    """A run with LoRA that drops a quarter, B as if trained, and no other dropout."""
+    run = run_of(recipe(LoRA(rank=2, targets=ALL, **settings), model=UNTIED | {"dropout": 0.0}, dtype="float64"))
+    random_b(run.model)
+    return run
+
+
+def test_dropout_is_on_the_way_to_a_alone_and_right_on_average() -> None:
+    run = drops(dropout=0.25)
+    batch, block = run.batch(0), run.model.blocks[0]
+    layer, seen = block.mlp.up, []
+    layer.lora.drop.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    block.mlp.down.lora.drop.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    layer.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    run.model(batch["tokens"], None, batch["sample"])
+    (x, dropped), (_, y), (_, other_dropped) = seen[:3]
+    plain = x @ layer.weight.T + layer.bias
+    torch.testing.assert_close(y, plain + 8 * dropped @ layer.lora.a.T @ layer.lora.b.T, rtol=0, atol=1e-12)
+    mask, second = dropped != 0, (other_dropped != 0)[..., :32]
+    torch.testing.assert_close(dropped, x * mask / 0.75, rtol=0, atol=1e-15)
+    # Four standard deviations, of the share that is kept and of the covariance of two places.
+    assert abs(float(mask.double().mean()) - 0.75) < 4 * (0.1875 / mask.numel()) ** 0.5
+    for one, two in ((mask[:-1], mask[1:]), (mask[:, :-1], mask[:, 1:]), (mask[..., :-1], mask[..., 1:]),
+                     (mask, second)):  # samples, positions, channels, layers  # fmt: skip
+        together = (one.double() - 0.75) * (two.double() - 0.75)
+        assert abs(float(together.mean())) < 4 * 0.1875 / together.numel() ** 0.5
+    run.model.eval()
+    seen.clear()
+    run.model(batch["tokens"], None, batch["sample"])
+    assert torch.equal(seen[0][0], seen[0][1])
+
+
+def test_dropout_is_the_same_when_blocks_run_again_or_batches_are_divided() -> None:
+    gradients = []
+    lora = LoRA(rank=2, targets=ALL, dropout=0.25)
+    for more in ((), (example("recompute"),), (example("accumulate", parts=2),)):
+        run = run_of(recipe(lora, *more, dtype="float64"))
+        random_b(run.model)
+        batch = run.batch(3)
+        assert run.backward
+        run.backward(batch, run.task.count(batch))
+        gradients.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
+    assert torch.equal(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=0, atol=1e-12)
+    assert gradients[0].any()
+
+
+@pytest.mark.parametrize("task", ["seq2seq", "contrastive", "masked-image, mask tokens", "classify"])
+def test_dropout_knows_the_samples_of_every_task(task: str) -> None:
+    """What is planned is what is held, too."""
+    tiny, peaks = TINY[task], []
+    settings: dict[str, Any] = {"model": dict(tiny.model), "data": Memory(task), "task": tiny.name or task}
+    made = recipe(LoRA(rank=2, targets="mlp.up", dropout=0.5), **settings)
+    batch = run_of(made).batch(0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = run_of(made)
+    for run, given in ((run_of(made), batch), (fake, {k: mode.from_tensor(v) for k, v in batch.items()})):
+        count = run.task.count(given)
+        assert run.backward
+        with mode if run is fake else nullcontext(), LiveBytes() as meter:
+            run.backward(given, count)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1]
+
+
+def test_dropout_is_the_same_in_a_resumed_run(tmp_path: Path) -> None:
+    made = recipe(LoRA(rank=2, targets="mlp.up", dropout=0.25), data="text", duration="3 step", out=str(tmp_path),
+                  name="r", checkpoint={"every": "1 step", "keep": 9})  # fmt: skip
+    whole = flat(train(made, data=TinyData().open()).run.state())
+    again = train(resume=tmp_path / "r/checkpoints/step-000000001", data=TinyData().open(), force=True)
+    assert_equal(whole, flat(again.run.state()))
+
+
+def test_dropout_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match="is in none of the model's blocks"):
+        run_of(recipe(LoRA(targets="head", dropout=0.1), model=UNTIED))
+    with pytest.raises(UserError, match="does not get the samples' numbers"):
+        scrimp.apply(encoder(), [LoRA(targets="linear1", dropout=0.1)])
+    with pytest.raises(UserError, match="one product"):
+        LoRA(dropout=0.1, magnitude=True)
+
+
 def test_two_ranks_on_disjoint_patterns() -> None:
     run: Any = run_of(recipe(LoRA(rank=2, targets="attention.qkv"), LoRA(rank=4, targets="mlp.up")))
     block = run.model.blocks[0]
@@ -116,21 +205,6 @@ def test_what_cannot_be_tuned_is_refused() -> None:
     with pytest.raises(UserError, match="the weight of `head` is shared"):
         run_of(recipe(LoRA(targets="head")))
     assert "head.weight" in exported(run_of(recipe(LoRA(targets="head"), model=UNTIED)))
-
-
-def kept(block: nn.Module, x: Tensor) -> float:
-    """What a block keeps for its backward pass beside parameters, in units of its input's size."""
-    own = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    saved: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            saved.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        block(x)
-    return sum(t.untyped_storage().nbytes() for t in saved.values()) / x.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from scrimp import tiles
 from scrimp.disk import PAGE, Extent, Scratch, aligned, extent_of, home
 from scrimp.errors import UserError
 from scrimp.run import Run
-from scrimp.techniques.offloading import offload_states
-from scrimp.techniques.offloading.offload_states import States, offload
+from scrimp.techniques.offloading.offload_states import offload
 from scrimp.techniques.optimizers.lion import LionRule
+from scrimp.tiles import States
 from tiny import assert_equal, example, flat, recipe, run_of, step
 
 WIDE = {"layers": 1, "width": 66, "heads": 2}
@@ -41,7 +42,7 @@ def test_twenty_steps_are_bitwise_those_in_memory(rule: str, settings: dict[str,
 
 def test_buffers_are_much_smaller_than_states(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(offload_states, "aligned", lambda size: made.append(size) or aligned(size))
+    monkeypatch.setattr(tiles, "aligned", lambda size: made.append(size) or aligned(size))
     rule, p = LionRule([weights(20 * PAGE)], lr=0.1), None
     offload(rule, Scratch(Path("/tmp"), "test"), PAGE)
     for p in rule.param_groups[0]["params"]:

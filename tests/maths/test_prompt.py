@@ -16,6 +16,7 @@ from scrimp.run import exported
 from scrimp.techniques.tuning.prefix import Prefix
 from scrimp.techniques.tuning.prompt import Prompt
 from tiny import recipe, run_of, step
+from tiny_tasks import TINY, Memory
 
 SMALL: dict[str, Any] = {"layers": 2, "width": 16, "heads": 2}
 LEARNED = {**SMALL, "context": 24}
@@ -153,6 +154,34 @@ def test_first_values() -> None:
     assert torch.equal(run.model.prompts.weight, given["model"]["embed.weight"][ids])
     run = run_of(recipe(Prompt(length=50, start="random", std=0.3), model=SMALL))
     assert 0.27 < float(run.model.prompts.weight.detach().std()) < 0.33
+
+
+def test_prompts_of_an_encoder_decoder_stand_before_what_is_read() -> None:
+    tiny = TINY["seq2seq"]
+    run: Any = run_of(recipe(Prompt(length=3), model={**tiny.model, "dropout": 0.0}, task="seq2seq",
+                             data=Memory("seq2seq"), dtype="float64"))  # fmt: skip
+    model = run.model.eval()
+    tokens, written = torch.arange(12).view(2, 6), torch.arange(8).view(2, 4)
+    attended = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    stack, x = model.encoder, model.embed(tokens) + model.encoder.positions.weight[:6]
+    x = torch.cat([model.prompts().expand(2, -1, -1), x], 1)
+    mask = torch.cat([torch.ones(2, 3, dtype=torch.bool), attended], 1)[:, None, None]
+    for block in stack.blocks:
+        x = block(x, None, mask)
+    states = model.encode(tokens, attended)
+    torch.testing.assert_close(states, stack.norm(x), rtol=0, atol=1e-12)
+    out = model(tokens, written, attended=attended)
+    torch.testing.assert_close(out, model.head(model.decoder(model.embed(written), states=states, states_mask=mask)))
+    other = tokens.masked_fill(~attended, 9)
+    torch.testing.assert_close(model(other, written, attended=attended), out, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        model.prompts.weight[0] *= -1
+    assert not torch.allclose(model(tokens, written, attended=attended), out, atol=1e-6)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    step(run)
+    assert {n for n, p in model.named_parameters() if not torch.equal(before[n], p)} == {"prompts.weight"}
+    with pytest.raises(UserError, match="keep their places"):
+        run_of(recipe(Prompt(length=3, shift=True), model=dict(tiny.model), task="seq2seq", data=Memory("seq2seq")))
 
 
 def test_what_does_not_fit_is_refused() -> None:

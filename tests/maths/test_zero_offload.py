@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scrimp.meter import LiveBytes
 from scrimp.run import Run
 from scrimp.training import train
 from tiny import TinyData, assert_equal, example, flat, recipe, run_of, step
@@ -105,7 +109,9 @@ def test_weights_of_16_bits_have_float32_copies_which_the_host_updates_beside(de
         assert run.backward
         assert run.step
         run.backward(batch, run.task.count(batch))
-        grads = {n: p.grad.float() for n, p in run.model.named_parameters() if p.grad is not None}
+        assert all(p.grad is None for p in run.model.parameters())
+        grads = dict(run.optimizer.left)  # type: ignore[union-attr]
+        assert len(grads) == len(exact)
         for n, grad in waiting.items():
             exact[n].add_(grad, alpha=-rate)
         run.step()
@@ -160,3 +166,46 @@ def test_a_resumed_run_is_the_same_while_a_gradient_waits(dtype: str, tmp_path: 
         shutil.copytree(tmp_path / "whole", copy)
         resumed = train(resume=copy / f"checkpoints/step-{cut:09d}", data=TinyData().open(), force=True)
         assert_equal(flat(whole.run.state()), flat(resumed.run.state()))
+
+
+OTHERS = [(), ("clip",), ("accumulate",), ("ema",)]
+
+
+@pytest.mark.parametrize("delay", [False, True])
+def test_gradients_leave_at_once_or_together_and_give_the_same_weights(delay: bool) -> None:
+    """Clipping at a norm that is never reached changes nothing but the place of the gradients."""
+    apart, together = (made(*more, "sgd", offload={"delay": delay, "warmup": "1 step"}, dtype="bfloat16")
+                       for more in ((), ("clip",)))  # fmt: skip
+    clip = together.recipe.techniques[0]
+    together = run_of(replace(together.recipe, techniques=(replace(clip, norm=1e9), *together.recipe.techniques[1:])))
+    most = {id(run): 0 for run in (apart, together)}
+    for run in (apart, together):
+        for p in run.model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p, run=run: most.update(
+                {id(run): max(most[id(run)], sum(q.grad is not None for q in run.model.parameters()))}))  # fmt: skip
+        for _ in range(4):
+            step(run)
+    assert most == {id(apart): 0, id(together): len(list(together.model.parameters()))}
+    assert_equal(weights(apart), weights(together))
+    assert not any("clip" in remark for remark in apart.remarks)
+    assert any("until `clip` had all of them" in remark for remark in together.remarks)
+
+
+@pytest.mark.parametrize("others", OTHERS, ids="-".join)
+@pytest.mark.parametrize("delay", [False, True])
+def test_16_bits_are_planned_to_the_byte(others: tuple[str, ...], delay: bool) -> None:
+    peaks = []
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = made(*others, "sgd", offload={"delay": delay, "warmup": "0 step"}, dtype="bfloat16")
+    real = made(*others, "sgd", offload={"delay": delay, "warmup": "0 step"}, dtype="bfloat16")
+    assert bool(real.optimizer.holders) == (others in [("clip",), ("accumulate",)])  # type: ignore[union-attr]
+    for run, inside in ((real, nullcontext()), (fake, mode)):
+        batch = real.batch(0) if run is real else {k: mode.from_tensor(v) for k, v in real.batch(0).items()}
+        assert run.backward and run.step and run.optimizer
+        with inside, LiveBytes() as meter:
+            for _ in range(2):
+                run.backward(batch, run.task.count(batch))
+                run.step()
+                run.optimizer.zero_grad(set_to_none=True)
+        peaks.append(meter.peak)
+    assert peaks[0] == peaks[1]

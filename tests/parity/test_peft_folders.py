@@ -42,6 +42,7 @@ MINE: dict[str, list[Technique]] = {
     "lora": [LoRA(rank=2, alpha=6.0, targets="attention.*|mlp.down")],
     "rslora": [LoRA(rank=4, alpha=6.0, rank_stabilized=True)],
     "two ranks": [LoRA(rank=2, targets="attention.qkv"), LoRA(rank=3, alpha=5.0, targets="mlp.up")],
+    "lora with dropout": [LoRA(rank=2, dropout=0.1)],
     "dora": [LoRA(rank=2, alpha=6.0, magnitude=True)],
     "ia3": [IA3()],
     "ia3 of queries": [IA3(queries=True, hidden="")],
@@ -109,6 +110,10 @@ def test_ours_load_in_peft_and_come_back(family: str, case: str, tmp_path: Path,
     again = run_from(family, tmp_path / "base", MINE[case], tmp_path / "out")
     for name, p in run.model.named_parameters():
         assert torch.equal(p, again.model.get_parameter(name)), name
+    if case == "lora with dropout":
+        assert loaded.peft_config["default"].lora_dropout == 0.1
+        with pytest.raises(UserError, match=r"rank: 2, .*, dropout: 0\.1"):
+            run_from(family, tmp_path / "base", [LoRA(rank=2)], tmp_path / "out")
 
 
 QKV = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}

@@ -16,6 +16,7 @@ from scrimp.errors import UserError
 from scrimp.machines.machine import KNOWN, Machine, machine
 from scrimp.meter import LiveBytes
 from scrimp.planning import CannotPlanError, plan
+from scrimp.planview import text
 from scrimp.recipe import Recipe
 from scrimp.registry import modules
 from scrimp.technique import Card, Cost, Technique, overrides
@@ -24,6 +25,7 @@ from scrimp.techniques.optimizers.sgd import SGD
 from scrimp.trace import Trace
 from scrimp.training import train
 from tiny import MODEL, TinyData, example, recipe, run_of, step
+from tiny_tasks import Memory
 
 BATCHES = 4096
 """Bytes of the batches that a run holds and a plan does not count."""
@@ -61,6 +63,13 @@ def test_plans_every_kind_of_model(changes: dict[str, Any], tmp_path: Path, monk
     assert 0 <= measured(made, monkeypatch) - planned.live <= BATCHES
 
 
+def test_plans_tokens_that_are_dropped_by_their_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(example("token_drop", mode="loss", levels=1), model=MODEL | {"causal": False}, task="masked-lm",
+                  data=Memory("masked-lm"), duration="4 step", out=str(tmp_path))  # fmt: skip
+    planned = plan(made, CPU, made.data.open())
+    assert 0 <= measured(made, monkeypatch) - planned.live <= BATCHES
+
+
 def test_the_kinds_add_up_and_say_what_is_what() -> None:
     made = recipe(example("adamw"), model=MODEL | {"dropout": 0.0})
     stage = plan(made, CPU, made.data.open()).stages[0]
@@ -76,6 +85,15 @@ def test_frozen_weights_have_neither_gradients_nor_states() -> None:
     stage = plan(made, CPU, made.data.open()).stages[0]
     assert stage.trained < stage.parameters / 5
     assert stage.peak.kinds["states"] <= 8 * stage.trained + 4 * 60
+
+
+def test_packed_weights_count_as_what_they_stand_for() -> None:
+    plain, packed = (plan(recipe(example("sgd"), example("lora"), *more), CPU, TinyData().open())
+                     for more in ((), (example("quantized_base", targets="mlp.*"),)))  # fmt: skip
+    (one,), (two,) = plain.stages, packed.stages
+    assert (one.parameters, one.trained, one.packed) == (two.parameters, two.trained, 0)
+    assert two.packed == 4 * 2 * 32 * 128
+    assert "32.8k packed in four bits" in text(packed) and "packed" not in text(plain)
 
 
 def test_stages_are_planned_one_by_one() -> None:

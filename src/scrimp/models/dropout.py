@@ -6,6 +6,10 @@ same activations. `sample` numbers samples over the whole run, hence it stands f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +40,34 @@ class Dropout(nn.Module):
         if sample is None:
             raise ValueError("dropout needs the samples' numbers: pass `sample` to the model.")
         return x * keep(x.shape, sample, self.key, self.p, x.device, self.before).to(x.dtype) / (1 - self.p)
+
+
+class Samples:
+    """Numbers of the samples that a block works on, for what is inside of it and is not given them.
+
+    Put around a block's forward pass before anything that runs it again, so that it knows them then as well.
+    """
+
+    def __init__(self) -> None:
+        self.now: Tensor | None = None
+
+    def around(self, forward: Callable[..., object]) -> Callable[..., object]:
+        """The forward pass, whose argument `sample` is known while it runs.
+
+        Raises:
+            ValueError: if it has no such argument.
+        """
+        at = list(signature(forward).parameters).index("sample")
+
+        def known(*args: Any, **kwargs: Any) -> object:
+            before = self.now
+            self.now = kwargs["sample"] if "sample" in kwargs else args[at] if at < len(args) else None
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.now = before
+
+        return known
 
 
 def keep(shape: torch.Size, sample: Tensor, key: int, p: float, device: torch.device, before: int = 0) -> Tensor:

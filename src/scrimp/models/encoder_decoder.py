@@ -90,12 +90,18 @@ class Stack(nn.Module):
         states: Tensor | None = None,
         states_mask: Tensor | None = None,
         places: Tensor | None = None,
+        prompts: Tensor | None = None,
     ) -> Tensor:
-        """As `Block` has them; `cache` is a list a block. `places` are the tokens', [B, T]; None means in a row."""
+        """As `Block` has them; `cache` is a list a block. `places` are the tokens', [B, T]; None means in a row.
+
+        `prompts` [P, C] go before the tokens, without places, and stay there: [B, P + T, C].
+        """
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         if self.positions is not None:
             row = torch.arange(past, past + x.shape[1], device=x.device) if places is None else places
             x = x + self.positions(row + self.offset)
+        if prompts is not None:
+            x = torch.cat([prompts.to(x.dtype).expand(len(x), -1, -1), x], 1)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = self.dropout(x, sample)
@@ -105,7 +111,12 @@ class Stack(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """Embedding, encoder, decoder, head."""
+    """Embedding, encoder, decoder, head.
+
+    Attributes:
+        prompts: a seam: () -> vectors [prepended, C] before what is read, which the decoder looks at as well.
+        prepended: how many they are, P; tokens keep their places, so that `shift` is 0.
+    """
 
     entries = ("encode",)
     """Methods beside `forward` by which others run it."""
@@ -115,6 +126,8 @@ class EncoderDecoder(nn.Module):
         c = self.config = config
         self.embed = Embedding(c.vocab, c.width, c.init_std)
         self.embed_scale: nn.Module = nn.Identity()
+        self.prompts: nn.Module = nn.Identity()
+        self.prepended = self.shift = 0
         self.encoder = Stack(c, c.layers, first=0)
         self.decoder = Stack(c, c.depth, first=c.layers, states=c.width)
         self.head = Linear(c.width, c.vocab, bias=False, std=c.init_std)
@@ -144,7 +157,7 @@ class EncoderDecoder(nn.Module):
             targets: ids to predict, [B, T], -100 where nothing counts.
             attended: which of the tokens read are no padding, [B, S].
             sample: number of each sample in the run, [B]; keys dropout.
-            states: what `encode` made of the tokens, [B, S, C].
+            states: what `encode` made of the tokens, [B, P + S, C].
             cache: a list a block of the decoder of keys and values of what was written before; grows in place.
             read: which of the encoder's states the decoder looks at, [B, S]; those that are attended when None.
             places: of the decoder's tokens among all that could be written, [B, T]; None means the first ones.
@@ -159,16 +172,23 @@ class EncoderDecoder(nn.Module):
         past = cache[0][0].shape[2] if cache and cache[0] else 0
         self._check(past + decoder_tokens.shape[1])
         read = attended if read is None else read
-        mask = None if read is None else read[:, None, None, :]
+        mask = None if read is None else self._behind_prompts(read)
         own = None if written is None else among(written)
         x = self.decoder(self.embed_scale(self.embed(decoder_tokens)), own, sample, cache, states, mask, places)
         return self.head(x) if targets is None else self.head_loss(x, self.head, targets, smoothing)
 
     def encode(self, tokens: Tensor, attended: Tensor | None = None, sample: Tensor | None = None) -> Tensor:
-        """The encoder's states, [B, S] -> [B, S, C]."""
+        """The encoder's states, [B, S] -> [B, P + S, C]."""
         self._check(tokens.shape[1])
-        mask = None if attended is None else attended[:, None, None, :]
-        return self.encoder(self.embed_scale(self.embed(tokens)), mask, sample)
+        mask = None if attended is None else self._behind_prompts(attended)
+        prompts = self.prompts() if self.prepended else None
+        return self.encoder(self.embed_scale(self.embed(tokens)), mask, sample, prompts=prompts)
+
+    def _behind_prompts(self, attended: Tensor) -> Tensor:
+        """Which tokens are seen, [B, S], as a mask of keys that sees all prompts: [B, 1, 1, P + S]."""
+        if self.prepended:
+            attended = torch.cat([attended.new_ones(len(attended), self.prepended), attended], 1)
+        return attended[:, None, None, :]
 
     def _check(self, length: int) -> None:
         if length > self.config.context:

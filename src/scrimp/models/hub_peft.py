@@ -2,8 +2,8 @@
 
 Each kind of adapter has a file, `KINDS`, with two functions:
 
-    write(techniques, model, names)        -> (what adapter_config.json says, their tensors)
-    read(raw, held, techniques, base, names) -> our tensors; takes out of `held` what it has read
+    write(trained)  -> (what adapter_config.json says, their tensors)
+    read(folder)    -> our tensors; takes out of `folder.held` what it has read
 
 A layer that is one here and three there, such as q, k and v, is split by its rows: `Names.places` says which rows of
 ours are which of their modules.
@@ -89,6 +89,30 @@ class Names:
         return list(dict.fromkeys(end if (end := ends[name]) in exact else name for name in chosen))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is written: a trained model, and the techniques of one kind that added to it."""
+
+    techniques: Sequence[Any]
+    model: Any
+    names: Names
+
+    def weights(self) -> dict[str, Tensor]:
+        """Of the model, by our names."""
+        return {name: p.detach() for name, p in self.model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What is read: a folder's settings and tensors, for techniques of a recipe on frozen weights."""
+
+    raw: Mapping[str, Any]
+    held: dict[str, Tensor]
+    techniques: Sequence[Any]
+    base: Mapping[str, Tensor]
+    names: Names
+
+
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder is one of peft."""
     return (Path(folder) / CONFIG).is_file()
@@ -112,7 +136,7 @@ def write(folder: str | Path, base: str, model_type: str, config: Any, technique
         raise UserError(what, "--to", "Use `--to hf`, which merges what can be merged.")
     mine = [t for t in techniques if t.name in kinds]
     kind, file = next((kind, file) for kind, (own, file) in KINDS.items() if own in kinds)
-    raw, tensors = importlib.import_module(f"scrimp.models.{file}").write(mine, model, names)
+    raw, tensors = importlib.import_module(f"scrimp.models.{file}").write(Trained(mine, model, names))
     heads, saved = _heads(mine, model, names)
     raw = {
         "peft_type": kind, "base_model_name_or_path": base, "task_type": TASKS.get(getattr(config, "head", "-")),
@@ -189,7 +213,7 @@ def read(
     if not mine:
         raise UserError(f"the folder holds `{name}`, which the recipe lacks.", str(folder), f"Add `{name}`.")
     held = _held(folder / WEIGHTS, names.form.root)
-    ours = importlib.import_module(f"scrimp.models.{file}").read(raw, held, mine, base, names)
+    ours = importlib.import_module(f"scrimp.models.{file}").read(Folder(raw, held, mine, base, names))
     heads = {n: held.pop(n) for n in names.form.tensors(config) if n in held}
     for copy in _copies(names):
         held.pop(copy, None)

@@ -6,30 +6,29 @@ the queries as well, which `queries` does here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from scrimp.errors import UserError
-from scrimp.models.hub_peft import Names
+from scrimp.models.hub_peft import Folder, Names, Trained
 from scrimp.models.seams import matching
 
 PARTS: Final = {"qkv": "qkv", "kv": "kv", "q": "q"}
 """Last part of a layer's name -> which projections it holds, in order."""
 
 
-def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json says, and their tensors."""
-    named = {name: p.detach() for name, p in model.named_parameters()}
-    technique = techniques[0]
+    named, names, technique = trained.weights(), trained.names, trained.techniques[0]
     tensors: dict[str, Tensor] = {}
     outputs, inputs = _layers(technique, names)
     for layer in outputs:
-        factors, trained = _whole(named, layer, names)
+        factors, moved = _whole(named, layer, names)
         for theirs, rows in names.places(layer).items():
-            if trained[rows].any():
+            if moved[rows].any():
                 tensors[f"{theirs}.ia3_l"] = factors[rows][:, None]
     ahead: list[str] = []
     for layer in inputs:
@@ -43,23 +42,17 @@ def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str
     }, tensors  # fmt: skip
 
 
-def read(
-    raw: Mapping[str, Any],
-    held: dict[str, Tensor],
-    techniques: Sequence[Any],
-    base: Mapping[str, Tensor],
-    names: Names,
-) -> dict[str, Tensor]:
+def read(folder: Folder) -> dict[str, Tensor]:
     """Our tensors of what is held.
 
     Raises:
         UserError: if the queries have factors of their own, and the recipe gives them none.
     """
-    technique, ours = techniques[0], dict[str, Tensor]()
+    held, names, technique, ours = folder.held, folder.names, folder.techniques[0], dict[str, Tensor]()
     outputs, inputs = _layers(technique, names)
     for layer in outputs:
         places = {theirs: rows for theirs, rows in names.places(layer).items() if f"{theirs}.ia3_l" in held}
-        factors = torch.ones(names.layers[layer][0], dtype=base[f"{layer}.weight"].dtype)
+        factors = torch.ones(names.layers[layer][0], dtype=folder.base[f"{layer}.weight"].dtype)
         for theirs, rows in places.items():
             factors[rows] = held.pop(f"{theirs}.ia3_l").flatten().to(factors.dtype)
         for part, rows in _rows(layer, names).items():

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from scrimp.errors import UserError
-from scrimp.models.hub_peft import Names, agreed
+from scrimp.models.hub_peft import Folder, Names, Trained, agreed
 from scrimp.models.seams import matching
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json says, and their tensors."""
-    named = {name: p.detach() for name, p in model.named_parameters()}
+    named, names, techniques = trained.weights(), trained.names, trained.techniques
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for technique in techniques:
@@ -38,28 +38,24 @@ def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str
     first = techniques[0]
     others = {theirs: size for theirs, size in sizes.items() if size != (first.rank, first.alpha)}
     return {
-        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": 0.0, "bias": "none",
+        "r": first.rank, "lora_alpha": first.alpha, "bias": "none",
         "fan_in_fan_out": names.model_type == "gpt2",
         "target_modules": names.short(list(sizes)),
         "rank_pattern": {theirs: rank for theirs, (rank, _) in others.items()},
         "alpha_pattern": {theirs: alpha for theirs, (_, alpha) in others.items()},
         "use_rslora": agreed({t.targets: t.rank_stabilized for t in techniques}, "rank_stabilized"),
+        "lora_dropout": agreed({t.targets: t.dropout for t in techniques}, "dropout"),
         "use_dora": agreed({t.targets: t.magnitude for t in techniques}, "magnitude"),
     }, tensors  # fmt: skip
 
 
-def read(
-    raw: Mapping[str, Any],
-    held: dict[str, Tensor],
-    techniques: Sequence[Any],
-    base: Mapping[str, Tensor],
-    names: Names,
-) -> dict[str, Tensor]:
+def read(folder: Folder) -> dict[str, Tensor]:
     """Our tensors of what is held.
 
     Raises:
         UserError: if the recipe's ranks, scales or layers are others than the folder's; with what to write.
     """
+    raw, held, names = folder.raw, folder.held, folder.names
     ours: dict[str, Tensor] = {}
     wanted: dict[str, tuple[int, float]] = {}
     for layer in names.layers:
@@ -76,11 +72,11 @@ def read(
         ours |= {f"{layer}.lora.a": a, f"{layer}.lora.b": b}
         if raw.get("use_dora"):
             # Rows that they did not adapt keep their lengths.
-            lengths = torch.linalg.vector_norm(base[f"{layer}.weight"], dim=1)
+            lengths = torch.linalg.vector_norm(folder.base[f"{layer}.weight"], dim=1)
             for theirs, rows in places.items():
                 lengths[rows] = held.pop(f"{theirs}.{MAGNITUDE}").to(lengths.dtype)
             ours[f"{layer}.lora.m"] = lengths
-    _check(raw, techniques, wanted, names)
+    _check(raw, folder.techniques, wanted, names)
     return ours
 
 
@@ -114,11 +110,13 @@ def _check(
 ) -> None:
     """Compare the recipe's settings with the folder's."""
     stabilized, magnitude = bool(raw.get("use_rslora")), bool(raw.get("use_dora"))
+    # With magnitudes, inputs are not dropped here.
+    dropout = 0.0 if magnitude else float(raw.get("lora_dropout") or 0.0)
     given = {
         layer: (t.rank, t.alpha)
         for t in techniques
         for layer in matching(t.targets, list(names.layers), "linear layer")
-        if (t.rank_stabilized, t.magnitude) == (stabilized, magnitude)
+        if (t.rank_stabilized, t.magnitude, t.dropout) == (stabilized, magnitude, dropout)
     }
     same = given.keys() == wanted.keys() and all(
         given[n][0] == wanted[n][0] and math.isclose(given[n][1], wanted[n][1], rel_tol=1e-9) for n in wanted
@@ -131,6 +129,7 @@ def _check(
         if ending not in layers.setdefault(size, []):
             layers[size].append(ending)
     more = (", rank_stabilized: true" if stabilized else "") + (", magnitude: true" if magnitude else "")
+    more += f", dropout: {dropout:g}" if dropout else ""
     lines = [f"{{rank: {rank}, alpha: {alpha:g}, targets: {'|'.join(found)}{more}}}"
              for (rank, alpha), found in layers.items()]  # fmt: skip
     text = lines[0] if len(lines) == 1 else f"[{', '.join(lines)}]"

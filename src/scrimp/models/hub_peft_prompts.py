@@ -12,14 +12,14 @@ Legend of shapes: P vectors, C width, L blocks, K key/value heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from scrimp.errors import UserError
-from scrimp.models.hub_peft import VECTORS, Names
+from scrimp.models.hub_peft import VECTORS, Folder, Trained
 from scrimp.models.layers import rotary, rotate
 from scrimp.models.seams import matching
 from scrimp.models.transformer import TransformerConfig
@@ -29,13 +29,13 @@ HEADS: Final = {"prompt": ("", "lm"), "prefix": ("", "lm", "classes")}
 
 
 @torch.no_grad()
-def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write(trained: Trained) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What adapter_config.json says, and their tensor.
 
     Raises:
         UserError: if peft has no such vectors for the model, or their places cannot be said there.
     """
-    name, net, c = techniques[0].name, model, names.config
+    name, net, c = trained.techniques[0].name, trained.model, trained.names.config
     _same_there(name, c, "--to")
     prefixes = [block.attention.prefix for block in net.blocks]
     if name == "prefix" and None in prefixes:
@@ -56,29 +56,23 @@ def write(techniques: Sequence[Any], model: Any, names: Names) -> tuple[dict[str
     return raw, {VECTORS: torch.cat([layer.permute(2, 0, 1, 3).flatten(1) for layer in layers], 1)}
 
 
-def read(
-    raw: Mapping[str, Any],
-    held: dict[str, Tensor],
-    techniques: Sequence[Any],
-    base: Mapping[str, Tensor],
-    names: Names,
-) -> dict[str, Tensor]:
+def read(folder: Folder) -> dict[str, Tensor]:
     """Our tensors of what is held.
 
     Raises:
         UserError: if the recipe's settings are others than the folder's, with what to write; or they do not fit it.
     """
-    name, c = techniques[0].name, names.config
+    name, c = folder.techniques[0].name, folder.names.config
     _same_there(name, c, "--from")
-    if VECTORS not in held or raw.get("num_transformer_submodules") not in (None, 1):
+    if VECTORS not in folder.held or folder.raw.get("num_transformer_submodules") not in (None, 1):
         raise UserError(f"holds no `{VECTORS}` of a single Transformer.", "adapter_model.safetensors")
-    rows = held.pop(VECTORS)
+    rows = folder.held.pop(VECTORS)
     heads = c.kv_heads or c.heads
     columns = c.width if name == "prompt" else c.layers * 2 * heads * c.head_dim
     if rows.shape[1] != columns:
         what = f"`{VECTORS}` has {rows.shape[1]} columns, and the model needs {columns}."
         raise UserError(what, "adapter_model.safetensors", "Use the weights that they were trained on.")
-    _check(techniques, len(rows), c)
+    _check(folder.techniques, len(rows), c)
     if name == "prompt":
         return {"prompts.weight": rows}
     layers = rows.view(len(rows), c.layers, 2, heads, c.head_dim).permute(1, 2, 3, 0, 4)

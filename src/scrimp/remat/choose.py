@@ -5,40 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-from torch import Tensor
 
 from scrimp.errors import UserError
 from scrimp.limits import size_of
 from scrimp.remat.chain import Piece, Schedule, best_segment, every, everything, segments, simulate
 from scrimp.remat.dynamic import Evicting
-from scrimp.remat.executor import Call, Policy, Scheduled
-from scrimp.remat.given import Forward, Given
+from scrimp.remat.executor import Around, Policy, Scheduled
+from scrimp.remat.given import Given
 from scrimp.remat.measure import Link, measured, reruns
 from scrimp.remat.program import cheapest
 from scrimp.remat.rotor import least, optimal
-from scrimp.remat.selective import SAVES, Save, checkpointed
-
-
-@dataclass(frozen=True)
-class Selective:
-    """Leaves each block to torch's selective checkpoints."""
-
-    save: Save
-    draws: bool
-
-    def plainly(self, block: int, forward: Forward) -> Forward | None:
-        """The block, checkpointed."""
-        return checkpointed(forward, self.draws, self.save)
-
-    def forward(self, call: Call, x: Tensor) -> Any:
-        """Never asked."""
-        raise NotImplementedError
-
-    def restore(self, call: Call) -> None:
-        """Never asked."""
-        raise NotImplementedError
+from scrimp.remat.selective import SAVES, checkpointed
 
 
 @dataclass(frozen=True)
@@ -50,10 +27,10 @@ class Choice:
     """That it holds at most."""
     cost: float
     """Of what runs again."""
-    policy: Callable[[], Policy | None]
+    policy: Callable[[], Policy | Around | None]
 
 
-def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], given: Given) -> Policy | None:
+def policy(mode: str, budget: str | float, segment: int, links: Sequence[Link], given: Given) -> Policy | Around | None:
     """What plays the chain; None keeps all.
 
     Raises:
@@ -89,7 +66,7 @@ def choices(pieces: Sequence[Piece], room: int, links: Sequence[Link], given: Gi
     for save in SAVES:
         kept = reruns(links, partial(checkpointed, draws=False, save=save), given)
         held = sum(p.input + pack for p, (pack, _) in zip(pieces, kept, strict=True)) + max(p.full for p in pieces)
-        policy = Selective(save, given.draws)
+        policy = Around(partial(checkpointed, draws=given.draws, save=save))
         found.append(Choice(f"selective {save}", held, sum(cost for _, cost in kept), lambda policy=policy: policy))
     schedules = {f"every {n}": every(count, n) for n in range(count - 1, 1, -1)} | {"block": every(count, 1)}
     best = optimal(pieces, room)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -34,6 +35,13 @@ class Policy(Protocol):
     def restore(self, call: Call) -> None:
         """Fill the call's holders, which the backward pass needs now."""
         ...
+
+
+@dataclass(frozen=True)
+class Around:
+    """What keeps and runs again by itself, block by block, instead of a policy."""
+
+    wrap: Callable[[Forward], Forward]
 
 
 class Holder:
@@ -179,14 +187,17 @@ class Player:
 
     Args:
         forwards: of its blocks.
-        policy: arguments of the first block -> the policy of a pass, asked once for each kind of input; None keeps all.
+        policy: arguments of the first block -> what a pass is run by, asked once for each kind of input; None keeps
+            all.
         draws: whether blocks may draw from torch's generator.
     """
 
-    def __init__(self, forwards: Sequence[Forward], policy: Callable[[Given], Policy | None], draws: bool) -> None:
+    def __init__(
+        self, forwards: Sequence[Forward], policy: Callable[[Given], Policy | Around | None], draws: bool
+    ) -> None:
         self._forwards, self._decide, self._draws = forwards, policy, draws
-        self._policies: dict[tuple[Any, ...], Policy | None] = {}
-        self._policy: Policy | None = None
+        self._policies: dict[tuple[Any, ...], Policy | Around | None] = {}
+        self._policy: Policy | Around | None = None
         self._place = -1
         self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Call]] | None = None
 
@@ -201,6 +212,8 @@ class Player:
         self._place = block
         if self._policy is None:
             return forward(*args, **kwargs)
+        if isinstance(self._policy, Around):
+            return self._policy.wrap(forward)(*args, **kwargs)
         whole = self._policy.plainly(block, forward)
         if whole is not None:
             return whole(*args, **kwargs)
@@ -219,7 +232,7 @@ class Player:
         self._last = None
         return call() if made() is x and x._version == version else None
 
-    def _policy_of(self, given: Given) -> Policy | None:
+    def _policy_of(self, given: Given) -> Policy | Around | None:
         x = given.input()
         kind = x.device.type
         cast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))

@@ -37,7 +37,7 @@ from scrimp.errors import UserError
 from scrimp.groups import trainable
 from scrimp.growth import block_names, check_identity, cut, deepened
 from scrimp.models.subsets import shortened
-from scrimp.technique import Card, Technique, at_least, below_one
+from scrimp.technique import Card, Technique, above_zero, at_least, below_one
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -97,9 +97,7 @@ class AutoProg(Technique):
     def __post_init__(self) -> None:
         at_least(1, self, "parts", "multiple")
         below_one(self, "search", "momentum")
-        for name in ("search", "start", "length"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"{name} must be above 0 and at most 1, not {getattr(self, name)}.")
+        above_zero(self, "search", "start", "length")
 
     def stages(self) -> tuple[str | float, ...]:
         """The end of each search, and of each part."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from scrimp.clock import Duration
 from scrimp.errors import UserError
 from scrimp.models.subsets import shortened
-from scrimp.technique import Card, Technique, at_least
+from scrimp.technique import Card, Technique, above_zero, at_least
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -51,8 +51,7 @@ class LengthWarmup(Technique):
 
     def __post_init__(self) -> None:
         at_least(1, self, "levels", "multiple")
-        if not 0 < self.start <= 1:
-            raise UserError(f"start must be above 0 and at most 1, not {self.start}.")
+        above_zero(self, "start")
         Duration.parse(self.until, "until")
 
     def stages(self) -> tuple[str | float, ...]:

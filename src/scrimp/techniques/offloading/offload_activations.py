@@ -58,7 +58,8 @@ class OffloadActivations(Technique):
     fraction: float = 1.0
     """Share of the blocks that are offloaded, from the first, whose activations wait longest."""
     keep: int = 1
-    """Last blocks that are never offloaded."""
+    """How many of the last blocks keep their activations: the backward pass begins with them, so that these would come
+    back as soon as they have left."""
     depth: int = 1
     """Blocks before the one at work whose activations are fetched early in the backward pass; 0: only its own."""
     least: int = 65536

@@ -14,7 +14,8 @@ Paper: Ren et al., "ZeRO-Offload", USENIX ATC 2021, arXiv 2101.06840.
 Saves: moments and float32 weights in a GPU's memory: of 16 bytes a weight with Adam, 12. Costs: gradients and weights
 cross the bus each step, and the host's slower update, which delay hides. Not for: a CPU, where the host is the device:
 the numbers are the same, and nothing is saved; a delayed gradient wants a little lower learning rate.
-Gradients stay on the device until they are whole, clipped and checked, and leave together.
+A gradient leaves during the backward pass, as soon as it is whole. Where another technique needs all of them on the
+device, to clip, unscale, mask or sum them, they stay until it is done, and leave together.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,6 +32,7 @@ from torch.optim import Optimizer
 
 from scrimp.clock import Duration
 from scrimp.groups import Several, parts, trainable
+from scrimp.plain import is_plain
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
 
 RATES: Final = "#rates"
 """Name in memory of the learning rates of the gradients that wait, one a group; no parameter can be called so."""
+AFTER: Final = ("rounded", "averaged")
+"""Phases of `step` that come after the update, and look at no gradient."""
 GIVEN: Final = "#given"
 """Which parameters have a gradient that waits. The gradients have the parameters' names."""
 WEIGHT: Final = "#weight."
@@ -57,7 +62,7 @@ class ZeroOffload(Technique):
         saves="12 of 16 bytes a weight on a GPU, with Adam",
         costs="gradients and weights cross the bus each step",
         sets=("place of optimizer states",),
-        phase={"carry": "rewind", "optimizer": "states", "step": "delayed"},
+        phase={"carry": "rewind", "optimizer": "states", "backward": "watched", "step": "delayed"},
         emulated=("cpu",),
         whole="the host updates copies of whole weights.",
         undivided="what it notes of gradients that wait is one list of all weights.",
@@ -84,6 +89,8 @@ class ZeroOffload(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """The update that is due runs beside it."""
+        if not is_plain(backward):
+            _optimizer(run).holders += [t.name for t in run.order.slots["backward"] if t is not self]
 
         def beside(batch: Batch, count: Tensor) -> Tensor:
             _optimizer(run).begin()
@@ -93,9 +100,19 @@ class ZeroOffload(Technique):
 
     def step(self, step: Step, run: Run) -> Step:
         """The update that is due comes first, also before a step that is skipped."""
+        update = _optimizer(run)
+        if not is_plain(step):
+            others = [t for t in run.order.slots["step"] if t is not self and t.card.phase.get("step") not in AFTER]
+            update.holders += [t.name for t in others if t.name not in update.holders]
+        if update.holders and update.copies:
+            names = " and ".join(f"`{name}`" for name in update.holders)
+            run.remarks.append(f"zero_offload leaves gradients on the device until {names} had all of them.")
+        else:
+            update.watch()
 
         def delayed() -> bool:
-            _optimizer(run).settle()
+            update.settle()
+            update.stand_in()
             return step()
 
         return delayed
@@ -119,6 +136,10 @@ class HostUpdate(Several):
     """Update rules on weights in the host's memory. Between steps their groups and states are those of the model's.
 
     `run.memory` keeps float32 copies of weights that are not float32 on the host, and gradients that wait.
+
+    Attributes:
+        left: gradients of this step that are on the host already.
+        holders: techniques that need all gradients on the device.
     """
 
     def __init__(self, rule: Optimizer, run: Run, technique: ZeroOffload) -> None:
@@ -127,6 +148,8 @@ class HostUpdate(Several):
         self.names = trainable(run.model)
         self.copies = {n: nn.Parameter(near(p).copy_(p.detach())) for n, p in self.names.items() if not at_home(p)}
         self.versions: dict[str, int] = {}
+        self.left: dict[str, Tensor] = {}
+        self.holders: list[str] = []
         self.pool = ThreadPoolExecutor(1, "zero-offload")
         self.work: Future[None] | None = None
         self.moved: torch.cuda.Event | None = None
@@ -137,18 +160,41 @@ class HostUpdate(Several):
             self.memory[GIVEN] = torch.zeros(len(self.names), dtype=torch.bool, device="cpu")
             self.memory[RATES] = torch.zeros(len(self.param_groups), dtype=torch.float64, device="cpu")
 
+    def watch(self) -> None:
+        """Let each gradient leave in the backward pass, once it is whole."""
+
+        def leave(name: str, p: Tensor) -> None:
+            assert p.grad is not None
+            self.left[name] = near(p).copy_(p.grad, non_blocking=True)
+            p.grad = None
+
+        for name in self.copies:
+            self.names[name].register_post_accumulate_grad_hook(partial(leave, name))
+
+    def stand_in(self) -> None:
+        """What has left is still a gradient for those who ask whether there is one: a single number in its shape."""
+        self._note_moves()
+        for name in self.left:
+            p = self.names[name]
+            p.grad = p.new_zeros(()).expand(p.shape)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """This step's update, or its delay."""
-        grads = {n: p.grad for n, p in self.names.items()}
+        grads = {n: self.left.get(n, p.grad) for n, p in self.names.items()}
         rates = [float(group["lr"]) for group in self.param_groups]
         if not self.technique.late(self.run)[1]:
-            self._update({n: self._there(n, g) for n, g in grads.items()}, rates)
+            self._update({n: g.to("cpu", self.copies[n].dtype) if g is not None and n in self.copies else g
+                          for n, g in grads.items()}, rates)  # fmt: skip
             self._back()
+            self.left = {}
             return
         for n, grad in grads.items():
-            if grad is not None:
+            if n in self.left:
+                self.memory[n] = self.left[n]
+            elif grad is not None:
                 self.memory[n].copy_(grad, non_blocking=True)
+        self.left = {}
         self._note_moves()
         self.memory[GIVEN].copy_(torch.tensor([g is not None for g in grads.values()], device="cpu"))
         self.memory[RATES].copy_(torch.tensor(rates, dtype=torch.float64, device="cpu"))
@@ -236,12 +282,6 @@ class HostUpdate(Several):
         if self.versions.get(n) != p._version:
             now = p.detach().to("cpu")
             copy.data.copy_(torch.where(now == copy.data.to(p.dtype), copy.data, now.to(copy.dtype)))
-
-    def _there(self, n: str, grad: Tensor | None) -> Tensor | None:
-        """A gradient on the host."""
-        if grad is None or n not in self.copies:
-            return grad
-        return grad.to("cpu", self.copies[n].dtype)
 
     def _note_moves(self) -> None:
         """What was copied to or from a GPU must have arrived before the host changes it."""

@@ -57,7 +57,7 @@ class Act(Technique):
         costs="passes over every kept tensor, and noise in gradients",
         sets=("activation compression",),
         phase={"wrap": "saved"},
-        example={"bits": 4},
+        example={"bits": 4, "average": 3.0, "measure": "3 step"},
         remedies=({"bits": 8}, {"bits": 4}),
     )
     bits: Literal[2, 4, 8] = 4
@@ -198,8 +198,17 @@ def sensitivities(run: Run, shelf: Shelf) -> dict[str, float]:
         pairs = zip(gradient(name), exact, strict=True)
         return 9 * sum(run.read((a - b).double().square().sum(), worst=1.0) for a, b in pairs)
 
-    # While planning, the largest shows what each needs.
-    tried = sorted(names, key=lambda n: -shelf.sizes[n])[:1] if planned else names
-    found = {name: moved(name) for name in tried}
+    found = {name: moved(name) for name in (ends(shelf.sizes) if planned else names)}
     shelf.alone = ""
     return dict.fromkeys(names, 1.0) if planned else found
+
+
+def ends(sizes: dict[str, int]) -> list[str]:
+    """The first and the last of the tensors that blocks keep alike: one of them needs most memory while it is measured.
+
+    From block to block what lives changes by the same amount, so that none between the ends is the highest.
+    """
+    alike: dict[tuple[str, int], list[str]] = {}
+    for name, size in sizes.items():
+        alike.setdefault((name.partition(".")[2], size), []).append(name)
+    return [name for found in alike.values() for name in dict.fromkeys((found[0], found[-1]))]

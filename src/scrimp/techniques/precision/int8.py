@@ -12,7 +12,8 @@ tensors and which also makes norms and updates integer; these stay floating-poin
 
 `weights: int8` rounds the weights stochastically onto the grid of their row after each update, so that each is an
 8-bit code times its row's scale. They are still stored in floating-point: it shows whether a model would train on
-8-bit weights and saves no memory.
+8-bit weights and saves no memory. Codes that are updated themselves want gradients of s^-2 times the size, to have the
+ratio |w| / |g| of the weights (quantization-aware scaling, arXiv 2206.15472); here weights are updated, which have it.
 
 Saves: time where the machine multiplies 8-bit integers faster (CPUs with avx512_vnni, GPUs), in layers wide enough for
 that to outweigh the rounding; with save int8 a quarter of a block's activations in float32. Costs: rounding of every

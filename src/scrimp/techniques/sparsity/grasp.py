@@ -31,7 +31,7 @@ from scrimp.sparse.once import pruned_once
 from scrimp.sparse.patterns import Pattern
 from scrimp.sparse.scores import grasp, scored_batches
 from scrimp.splitting import split
-from scrimp.technique import Card, Technique, at_least
+from scrimp.technique import Card, Technique, above_zero, at_least
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,8 +87,7 @@ class GraSP(Technique):
         Pattern.parse(self.pattern)
         if not self.temperature > 0:
             raise UserError(f"temperature must be above 0, not {self.temperature}.")
-        if not 0 < self.density <= 1:
-            raise UserError(f"density must be above 0 and at most 1, not {self.density}.")
+        above_zero(self, "density")
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Score and prune before the run's first backward pass; mask the gradients."""

@@ -34,7 +34,7 @@ from scrimp.sparse.masks import (
     masked_step,
     prunable,
 )
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, above_zero
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,8 +85,7 @@ class RigL(Technique):
         if not Duration.parse(self.interval, "interval").value:
             raise UserError("interval must be more than 0.", "", "For masks that stay, use static_sparse.")
         Duration.parse(self.until, "until")
-        if not 0 < self.density <= 1:
-            raise UserError(f"density must be above 0 and at most 1, not {self.density}.")
+        above_zero(self, "density")
         if not 0 <= self.share <= 1:
             raise UserError(f"share must be from 0 to 1, not {self.share}.")
 

@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scrimp.errors import UserError
 from scrimp.sparse.masks import masked_evaluate, masked_export, masked_step, prunable
 from scrimp.sparse.once import pruned_once
 from scrimp.sparse.patterns import Pattern
 from scrimp.sparse.scores import scored_batches, snip
-from scrimp.technique import Card, Technique, at_least
+from scrimp.technique import Card, Technique, above_zero, at_least
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,8 +70,7 @@ class SNIP(Technique):
     def __post_init__(self) -> None:
         at_least(1, self, "batches", "floor")
         Pattern.parse(self.pattern)
-        if not 0 < self.density <= 1:
-            raise UserError(f"density must be above 0 and at most 1, not {self.density}.")
+        above_zero(self, "density")
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Score and prune before the run's first backward pass; mask the gradients."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from scrimp.errors import UserError
 from scrimp.sparse.allocation import counts
 from scrimp.sparse.masks import (
     MASK,
@@ -28,7 +27,7 @@ from scrimp.sparse.masks import (
     random_mask,
     shapes,
 )
-from scrimp.technique import Card, Technique
+from scrimp.technique import Card, Technique, above_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +63,7 @@ class StaticSparse(Technique):
     """Pattern of the linear layers' weights to prune."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise UserError(f"density must be above 0 and at most 1, not {self.density}.")
+        above_zero(self, "density")
 
     def carry(self, state: State, run: Run) -> State:
         """Draw the masks; a run that begins begins masked."""

@@ -43,7 +43,7 @@ from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks, wrap_forward
 from scrimp.models.subsets import drawn, gathered, highest, scattered, some_mask, some_rope
-from scrimp.technique import Card, Technique, at_least, below_one
+from scrimp.technique import Card, Technique, above_zero, at_least, below_one
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -88,8 +88,7 @@ class TokenDrop(Technique):
         below_one(self, "smoothing")
         at_least(1, self, "levels", "multiple")
         at_least(0, self, "special")
-        if not 0 < self.keep <= 1:
-            raise UserError(f"keep must be above 0 and at most 1, not {self.keep}.")
+        above_zero(self, "keep")
         Duration.parse(self.until, "until")
 
     def stages(self) -> tuple[str | float, ...]:

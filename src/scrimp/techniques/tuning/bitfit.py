@@ -18,10 +18,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from scrimp.errors import UserError
+from scrimp.models.seams import matching
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
     from scrimp.run import Run
+
+NORMS = "*norm.weight"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,6 @@ class BitFit(Technique):
         costs="nothing",
         trains=("bias",),
         refuses={"rule of matrices": "it trains vectors alone, and the other is a rule for matrices."},
-        example={"norms": True},
     )
     norms: bool = False
     """Also train the weights of the norms."""
@@ -43,10 +45,10 @@ class BitFit(Technique):
     @property
     def trained(self) -> tuple[str, ...]:
         """Biases, and weights of norms if asked for."""
-        return (*self.card.trains, *(("*norm.weight",) if self.norms else ()))
+        return (*self.card.trains, *((NORMS,) if self.norms else ()))
 
     def model(self, model: nn.Module, run: Run) -> nn.Module:
-        """The model as it is, if it has biases.
+        """The model as it is, if it has biases, and norms with weights where these are asked for.
 
         Raises:
             UserError: if it has none.
@@ -54,4 +56,8 @@ class BitFit(Technique):
         if not any(name.rpartition(".")[2] == "bias" for name in run.base):
             what = "the model has no biases, and this trains nothing else."
             raise UserError(what, run.where(self), "Use lora, ia3 or ssf, or a model with `bias: true`.")
+        if self.norms:
+            matching(
+                NORMS, [name for name, _ in model.named_parameters()], "weight of a norm", run.where(self, "norms")
+            )
         return model

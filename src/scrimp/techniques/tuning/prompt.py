@@ -14,7 +14,8 @@ small models, where it stays behind LoRA; memory taken by activations, which sta
 
 Tokens see the prompts in all layers, and those of several packed documents see the same ones. With `shift`, tokens
 stand `length` places further right, as other libraries have it; without, they keep the places that the model knows them
-at. Rotary positions are relative, so that both are one and the same there.
+at. Rotary positions are relative, so that both are one and the same there. Of an encoder-decoder they stand before what
+is read, and the decoder sees what the encoder made of them; it has no `shift`.
 """
 
 from __future__ import annotations
@@ -82,6 +83,9 @@ class Prompt(Technique):
         """Put the vectors before the tokens."""
         net = self._reader(model, run)
         rows: nn.Parameter = net.embed.weight
+        if self.shift and not hasattr(net, "positions"):
+            what = f"tokens of {type(net).__name__} keep their places behind prompts."
+            raise UserError(what, run.where(self, "shift"), "Set `shift: false`.")
         room = net.config.context - getattr(getattr(run.data, "train", None), "context", 0)
         if self.shift and net.positions is not None and room < self.length:
             what = f"the learned positions have room for {max(room, 0)} prompts beside the data's tokens."
@@ -97,7 +101,9 @@ class Prompt(Technique):
         net = self._reader(model, run)
         if self.start != "random" and net.prompts is not None:
             with torch.no_grad():
-                put(net.prompts.weight, net.embed_scale(net.embed_project(self._rows(net.embed.weight, run))))
+                rows = self._rows(net.embed.weight, run)
+                rows = net.embed_project(rows) if hasattr(net, "embed_project") else rows
+                put(net.prompts.weight, net.embed_scale(rows))
         return model
 
     def carry(self, state: State, run: Run) -> State:
@@ -131,7 +137,9 @@ class Prompt(Technique):
             if hasattr(module, "prompts") and hasattr(module, "shift"):
                 return module
         what = f"{type(model).__name__} has no place for prompts before its tokens."
-        raise UserError(what, run.where(self), "Use a `transformer`, or `vpt` on models of images.")
+        raise UserError(
+            what, run.where(self), "Use a `transformer` or an `encoder_decoder`, or `vpt` on models of images."
+        )
 
     def _rows(self, embedding: Tensor, run: Run) -> Tensor:
         """Rows [length, E] of an embedding [V, E]."""
