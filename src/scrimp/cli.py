@@ -145,6 +145,57 @@ def compare(
 
 
 @app.command()
+def validate(
+    what: Annotated[str, typer.Argument(help="machines: the simulator of accelerators.")] = "machines",
+    json_: AsJson = False,
+) -> None:
+    """Compare the simulator of accelerators with what was published; 1 if a closed form is off."""
+    if what != "machines":
+        raise UserError(f"there is nothing to validate for `{what}`.", "validate", "Known: machines.")
+    from scrimp.machines.accelerators.validation import validate as run
+
+    rows = run()
+    if json_:
+        typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=1))
+    else:
+        from rich.console import Console
+
+        from scrimp.machines.accelerators.views import validation
+
+        screen = Console()
+        Console(width=max(screen.width, 150), highlight=False).print(validation(rows))
+    if any(row.reference.kind == "L0" and row.verdict == "outside" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def simulate(
+    run: RunPath,
+    machine: Annotated[str, typer.Option(help="An accelerator by name, such as elsa, or its description: a YAML.")],
+    baseline: Annotated[str, typer.Option(help="Another one to compare with, such as v100.")] = "",
+    sequences: Annotated[int, typer.Option(help="Held-out sequences, one after another.", min=1)] = 4,
+    json_: AsJson = False,
+) -> None:
+    """Run a trained model's attention through a simulated accelerator: cycles, bytes, energy."""
+    from scrimp.machines.accelerators.architecture import accelerator
+
+    on, over = accelerator(machine), accelerator(baseline) if baseline else None
+    from scrimp.machines.accelerators.collect import collected
+    from scrimp.machines.accelerators.report import simulate as simulated
+    from scrimp.machines.accelerators.views import simulation
+
+    traces = collected(run, sequences)
+    report, other = simulated(traces, on), simulated(traces, over) if over else None
+    if json_:
+        found = {"report": report.as_json(), "baseline": other.as_json() if other else None}
+        typer.echo(json.dumps(found | {"speedup": report.speedup(other) if other else None}, indent=1))
+        return
+    kept = sum(trace.kept for trace in traces) / sum(t.heads * t.queries * t.keys for t in traces)
+    asked = f"{len(traces)} attention layers of {sequences} held-out sequences, {kept:.1%} of the scores kept,"
+    typer.echo(simulation(report, other, asked))
+
+
+@app.command()
 def probe() -> None:
     """Measure this machine once, for plans. Takes about a minute; best on an idle machine."""
     from scrimp.allocator import lean

@@ -221,7 +221,7 @@ def described(text: str, name: str, where: str) -> Accelerator:
         found = Accelerator.model_validate({"name": name} | raw)
     except ValidationError as error:
         faults = "; ".join(_fault(each) for each in error.errors())
-        raise UserError(f"{faults}.", where, "The keys are those of scrimp.machines.accelerators.architecture.") from None
+        raise UserError(f"{faults}.", where, "Compare with a description that comes with Scrimp.") from None
     dataflow(found.dataflow, where)
     return found
 
@@ -246,7 +246,8 @@ def _inherited(raw: dict[str, Any], where: str, depth: int = 0) -> dict[str, Any
     if like is None:
         return raw
     if like not in known() or depth > 4:
-        raise UserError(f"`like: {like}` is no machine that comes with Scrimp.", where, did_you_mean(str(like), known()))
+        fix = did_you_mean(str(like), known())
+        raise UserError(f"`like: {like}` is no machine that comes with Scrimp.", where, fix)
     return _merged(_inherited(_mapping(_raw(like), f"{like}.yaml"), where, depth + 1), raw)
 
 

@@ -1,12 +1,12 @@
 # pyright: strict
 """The arithmetic of all dataflows: what a stage takes, how stages compose, and who takes which item.
 
-    cycles(stage) = max(work / (rate * utilization),
-                        bytes / bandwidth                     for each level it moves bytes on,
-                        latency * dependent accesses / parallel)
-    cycles(sequence) = count * (sum of its parts)
-    cycles(overlap)  = the slowest part, or the busiest resource that parts share
-    cycles(pipeline) = fill + interval * (count - 1), with fill the sum of its parts and interval that of an overlap
+cycles(stage) = max(work / (rate * utilization),
+                    bytes / bandwidth                     for each level it moves bytes on,
+                    latency * dependent accesses / parallel)
+cycles(sequence) = count * (sum of its parts)
+cycles(overlap)  = the slowest part, or the busiest resource that parts share
+cycles(pipeline) = fill + interval * (count - 1), with fill the sum of its parts and interval that of an overlap
 """
 
 from __future__ import annotations

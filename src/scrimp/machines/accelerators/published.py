@@ -56,7 +56,8 @@ def vitcod_ffn(machine: Accelerator, tokens: int, width: int, head: int, heads: 
 
 def vitcod_ratio(machine: Accelerator, without: str) -> float:
     """How many times more cycles it takes without pruning, or without reordering."""
-    return cycles(vitcod.attention(deit(without), machine), machine) / cycles(vitcod.attention(deit(), machine), machine)
+    other, own = (cycles(vitcod.attention(deit(which), machine), machine) for which in (without, ""))
+    return other / own
 
 
 def vitcod_against(machine: Accelerator, seconds: float, scale: float = 1.0) -> float:
@@ -159,8 +160,10 @@ def gemm(machine: Accelerator, rows: int, inner: int, columns: int) -> float:
 
 
 def attended(machine: Accelerator, kept: float, tokens: int = 512, heads: int = 16) -> Report:
-    """Attention of a layer whose queries keep a share of keys, drawn by chance."""
-    return simulate([AttentionTrace.random(heads, tokens, tokens, 64, kept)], machine)
+    """Attention of a layer in single precision whose queries keep a share of keys, drawn by chance."""
+    made = (AttentionTrace.dense(heads, tokens, tokens, 64) if kept == 1
+            else AttentionTrace.random(heads, tokens, tokens, 64, kept))  # fmt: skip
+    return simulate([replace(made, bits=32)], machine)
 
 
 def times(machine: Accelerator, over: str, kept: float, tokens: int = 512, heads: int = 12, over_kept: float = 1.0,
@@ -168,7 +171,7 @@ def times(machine: Accelerator, over: str, kept: float, tokens: int = 512, heads
     """Speed-up over another machine; 12 heads are one for each of twelve ELSAs.
 
     Args:
-    
+
     """
     other = attended(accelerator(over), over_kept, tokens, heads)
     return factor * attended(machine, kept, tokens, heads).speedup(other)
@@ -186,10 +189,10 @@ def over_gpu(machine: Accelerator, kept: float, bars: Sequence[float], tokens: i
     return fast / efficiency(bars, tokens, heads)
 
 
-def energy_over_gpu(machine: Accelerator, speedup: float, watts: float) -> float:
-    """How many times less energy, by published powers."""
+def energy_over_gpu(machine: Accelerator, kept: float, bars: Sequence[float], watts: float) -> float:
+    """How many times less energy than such a V100 of so many watts, by published powers."""
     assert machine.power is not None
-    return speedup * watts / machine.power.value
+    return over_gpu(machine, kept, bars) * watts / machine.power.value
 
 
 MODELS: Final[dict[str, Callable[..., Any]]] = {

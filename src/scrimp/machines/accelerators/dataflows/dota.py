@@ -49,7 +49,7 @@ def layer(trace: AttentionTrace, machine: Accelerator) -> Group:
     used = trace.kept / (order.steps * group) if order.steps else 1.0
     products = Stage(name="products", resource=ARRAY, work=2 * trace.kept * d, utilization=used)
     exps = Stage(name="softmax", resource="exp", work=trace.kept)
-    item = trace.bits / 8
+    item = machine.array.bits / 8
     inner = Stage(name="keys", bytes={"sram": 2 * order.fetched * d * item})
     outer = Stage(name="traffic", bytes={MEMORY: heads * (2 * n + 2 * s) * d * item})
     return overlap(sequence(detect, overlap(products, exps, name="attention")), inner, outer)
@@ -61,7 +61,7 @@ def issued(mask: Bits, group: int) -> Issue:
     Args:
         mask: [H, N, S].
     """
-    heads, queries, keys = mask.shape
+    _, queries, keys = mask.shape
     padded = np.pad(mask, ((0, 0), (0, -queries % group), (0, 0)))
     lanes = padded.reshape(-1, group, keys).transpose(0, 2, 1)
     # A key's pattern is the number whose bits are the queries that need it.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,8 @@ def layer(trace: AttentionTrace, machine: Accelerator) -> Flow:
     work = (2 * trace.kept if hashing else 2 * heads * n * s) * d
     costs = head_cycles(trace, machine) if hashing else np.full(heads, n * ceil(s / machine.count("banks")))
     # The copies work on different heads: a head takes all of its own copy and 1 / copies of the machine.
-    products = Stage(name="attention", resource=ARRAY, work=work, cycles=makespan(costs.tolist(), machine.count("copies")))
+    taken = makespan(costs.tolist(), machine.count("copies"))
+    products = Stage(name="attention", resource=ARRAY, work=work, cycles=taken)
     parts: list[Flow] = [products]
     if hashing:
         hashed = heads * (n + s) * machine.setting("hash_products")
@@ -44,7 +46,7 @@ def layer(trace: AttentionTrace, machine: Accelerator) -> Flow:
     return overlap(*parts, name="attention")
 
 
-def head_cycles(trace: AttentionTrace, machine: Accelerator) -> np.ndarray:
+def head_cycles(trace: AttentionTrace, machine: Accelerator) -> np.ndarray[Any, Any]:
     """Cycles of each head, [H]."""
     banks = machine.count("banks")
     select = trace.keys / (banks * machine.setting("selectors"))

@@ -2,7 +2,8 @@
 """GPUs and CPUs: a roofline of each operator, and attention in tiles that stay on the chip.
 
     gpu:    scores, softmax and values one after another, each max(products / peak, bytes / bandwidth); scores and
-            weights go to memory and come back: 4 n^2 + 4 n d numbers of a head; masks save nothing, padding counts
+            weights go to memory and come back: 4 n^2 + 4 n d numbers of a head, as wide as the run's own; masks save
+            nothing, padding counts
     flash:  Bc = ceil(M / 4 d) keys a block for M numbers on the chip, T = ceil(n / Bc) blocks:
             2 n d + T (3 n d + 4 n) numbers forward, 4 n d + T (5 n d + 2 n) backward
 
@@ -29,15 +30,15 @@ def gpu(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
 
 def layer(trace: AttentionTrace, machine: Accelerator) -> Flow:
     """Three operators, each of which begins when the one before is done."""
-    n, s, d, heads, item = trace.queries, trace.keys, trace.width, trace.heads, machine.array.bits / 8
-    share = machine.setting("efficiency")
+    n, s, d, heads, item = trace.queries, trace.keys, trace.width, trace.heads, trace.bits / 8
+    share, array = machine.setting("efficiency"), f"{ARRAY}{trace.bits}"
     macs, scores, inputs = heads * n * s * d, heads * n * s * item, heads * (n + s) * d * item
 
     def operator(name: str, work: float, moved: float) -> Stage:
         # An inefficient kernel gets that share of the bandwidth too, which no bytes are counted for.
         waits = moved / machine.bandwidth(MEMORY) / share
-        return Stage(name=name, resource=ARRAY, work=work, bytes={MEMORY: moved},
-                     cycles=max(work / machine.rate(ARRAY) / share, waits))  # fmt: skip
+        return Stage(name=name, resource=array, work=work, bytes={MEMORY: moved},
+                     cycles=max(work / machine.rate(array) / share, waits))  # fmt: skip
 
     return sequence(operator("scores", macs, inputs + scores), operator("softmax", 0.0, 2 * scores),
                     operator("values", macs, scores + inputs))  # fmt: skip
@@ -48,17 +49,12 @@ def flash(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
     parts: list[Flow] = []
     share = machine.setting("efficiency")
     for trace in traces:
-        item = machine.array.bits / 8
-        moved = trace.heads * flash_numbers(trace.queries, trace.width, _fits(machine, item)) * item
-        products = Stage(name="products", resource=ARRAY, work=2 * trace.heads * trace.queries * trace.keys * trace.width,
+        item, n, d = trace.bits / 8, trace.queries, trace.width
+        moved = trace.heads * flash_numbers(n, d, int(machine.buffer("sram").bytes / item)) * item
+        products = Stage(name="products", resource=f"{ARRAY}{trace.bits}", work=2 * trace.heads * n * trace.keys * d,
                          utilization=share)  # fmt: skip
         parts.append(overlap(products, Stage(name="traffic", bytes={MEMORY: moved}), name="attention"))
     return sequence(*parts)
-
-
-def _fits(machine: Accelerator, item: float) -> int:
-    """Numbers in the memory of a core."""
-    return int(machine.buffer("sram").bytes / item)
 
 
 def standard_numbers(n: int, d: int, backward: bool = False, dropout: bool = False) -> int:

@@ -16,14 +16,15 @@ Paper: Pal et al., HPCA 2018.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from scrimp.machines.accelerators.architecture import Accelerator
 from scrimp.machines.accelerators.engine import MEMORY, Flow, Group, Stage, makespan, sequence
-from scrimp.machines.accelerators.traces import Counts, ProductTrace
+from scrimp.machines.accelerators.traces import ProductTrace
 
+Numbers = np.ndarray[Any, Any]
 ENTRY: Final = 12
 """Bytes of an index and a number of 64 bits."""
 
@@ -72,7 +73,7 @@ def bytes_moved(trace: ProductTrace, order: str, reuse: float = 0.0) -> float:
     return ENTRY * (columns * left + rows * right + trace.nonzeros)
 
 
-def fit(rows: Counts, entries: Counts, products: Counts, seconds: Counts) -> Counts:
+def fit(rows: Numbers, entries: Numbers, products: Numbers, seconds: Numbers) -> Numbers:
     """Seconds of a product, an entry and a row, by least squares of relative errors."""
     terms = np.stack([products, entries, rows], 1).astype(float)
     weights = 1 / seconds.astype(float)

@@ -40,7 +40,7 @@ def layer(trace: AttentionTrace, machine: Accelerator) -> Group:
     products = Stage(name="products", resource=ARRAY, work=2 * trace.kept * d, cycles=sum(rounds) * 2 * d)
     softmax = Stage(name="softmax", resource="exp", work=trace.kept, cycles=sum(rounds) * ceil(
         machine.array.macs / exps.rate) + exps.latency)  # fmt: skip
-    item = trace.bits / 8
+    item = machine.array.bits / 8
     moved = Stage(name="traffic", bytes={MEMORY: heads * (2 * n + 2 * s) * d * item})
     return overlap(predicted, sequence(products, softmax), moved)
 
