@@ -82,7 +82,10 @@ def train(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     overrides: Words = None,
-    machine: Annotated[str, typer.Option(help="here, or a machine by name, such as A100-80.")] = "here",
+    machine: Annotated[
+        str, typer.Option(help="here, a machine such as A100-80, an accelerator such as elsa.")
+    ] = "here",
+    kept: Annotated[float, typer.Option(help="Of an accelerator: share of the keys that a query keeps.")] = 1.0,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", show_default=False)] = None,
     ranks: Annotated[int, typer.Option(help="Devices that share each batch.", min=1)] = 1,
     fit: Annotated[str, typer.Option(help="Search what makes it fit into so much memory, such as 16GB.")] = "",
@@ -98,7 +101,17 @@ def plan(
     if sum((bool(fit), each, html is not None)) > 1 or (ranks > 1 and (fit or each)):
         fix = "Call it once for each."
         raise UserError("--fit, --each and --html do not go together, nor the first two with --ranks.", "plan", fix)
-    loaded, on = load(recipe, overrides), find(machine)
+    loaded = load(recipe, overrides)
+    if accelerated(machine):
+        if fit or each or html is not None:
+            raise UserError("--fit, --each and --html know no accelerators.", "--machine", "Leave them out.")
+        from scrimp.machines.accelerators import planned
+        from scrimp.machines.accelerators.architecture import accelerator
+
+        attended = planned.attention(make(loaded, find("here"), ranks=ranks), accelerator(machine), kept)
+        typer.echo(json.dumps(attended.as_json(), indent=1) if json_ else attended.text())
+        return
+    on = find(machine)
     if fit:
         found = fitting.fit(loaded, on, size_of(fit), say=watch)
         typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
@@ -365,6 +378,15 @@ def demo(
     from scrimp.demo import demo as run
 
     run(out, steps)
+
+
+def accelerated(machine: str) -> bool:
+    """Whether this names a simulated accelerator, or its description."""
+    from scrimp.machines.accelerators.architecture import known
+    from scrimp.machines.machine import KNOWN
+
+    ours = machine.lower() in known() and machine.lower() not in (name.lower() for name in KNOWN)
+    return ours or machine.endswith((".yaml", ".yml"))
 
 
 def within(option: str, value: float, zero: str = "") -> None:
