@@ -5,16 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from scrimp.errors import UserError
 from scrimp.machines.accelerators.architecture import accelerator
 from scrimp.machines.accelerators.collect import collect, held_out, traced
+from scrimp.machines.accelerators.planned import attention
 from scrimp.machines.accelerators.report import simulate
+from scrimp.machines.machine import KNOWN
 from scrimp.models.layers import AttentionCore
+from scrimp.planning import plan
 from tiny import example, recipe, run_of
 
 
@@ -23,11 +27,12 @@ class Half(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trace: Any = None
+        self.tracing, self.trace = False, cast(Any, None)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None = None) -> Tensor:
         kept = (torch.arange(k.shape[2]) % 2 == 0).expand(1, q.shape[1], q.shape[2], -1)
-        self.trace = SimpleNamespace(mask=kept, predictor="elsa")
+        if self.tracing:
+            self.trace = SimpleNamespace(mask=kept, predictor="elsa", details={"rank": 8})
         return nn.functional.scaled_dot_product_attention(q, k, v, kept)
 
 
@@ -47,7 +52,9 @@ def test_a_core_says_what_it_kept() -> None:
     for block in run.model.blocks:  # pyright: ignore
         block.attention.core = Half()  # pyright: ignore
     traces = collect(run, list(held_out(run, 1)))
-    assert {trace.density for trace in traces} == {0.5} and traces[0].predictor.kind == "elsa"
+    assert {trace.density for trace in traces} == {0.5}
+    assert (traces[0].predictor.kind, traces[0].predictor.rank) == ("elsa", 8)
+    assert not any(getattr(module, "tracing", False) for module in run.model.modules())
     assert simulate(traces, accelerator("elsa")).notes == []
     assert "chosen by elsa" in simulate(traces, accelerator("dota")).notes[0]
 
@@ -61,6 +68,19 @@ def test_the_mask_of_a_call_is_the_trace(additive: bool) -> None:
     trace = traced(AttentionCore(), (q, q, q), {"causal": False, "mask": given})
     assert trace.heads == 6 and trace.rows.tolist() == [[4] * 4] * 3 + [[2] * 4] * 3 and trace.bits == 32
     assert trace.full()[3, 0].tolist() == [True, True, False, False]
+
+
+def test_a_plan_has_the_attention_of_a_step() -> None:
+    made = plan(recipe(example("sgd")), KNOWN["V100"])
+    found = attention(made, accelerator("elsa_base"), 1.0)
+    # Four layers of two heads in each of four sequences: a head a copy, 16 queries of 4 cycles.
+    assert [(each.shape, each.count) for each in found.layers] == [((8, 16, 16, 16), 4)]
+    assert found.seconds == pytest.approx(4 * 64e-9)
+    assert found.as_json()["accelerator"]["seconds"] == found.seconds and "on elsa_base, 100%" in found.text()
+    assert attention(made, accelerator("dota"), 0.2).layers[0].report.work["array"] == 2 * 8 * 16 * 3 * 16
+    for kept, machine, said in ((0.0, "elsa", "--kept"), (1.0, "outerspace", "does no attention")):
+        with pytest.raises(UserError, match=said):
+            attention(made, accelerator(machine), kept)
 
 
 def test_torch_is_imported_only_to_collect() -> None:

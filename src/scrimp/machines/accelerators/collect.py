@@ -1,16 +1,16 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 """The attention that a trained run really does, as traces: which keys its queries keep on held-out data.
 
-A module with an attribute `trace` says it itself: `trace.mask`, boolean [B or 1, H, N, S], `trace.predictor`, and if it
-likes `candidates`, `bits` and `rank`. Of any other attention core the mask is what it was called with, which is dense
-or causal attention.
+A core that leaves a `trace` says it itself: `trace.mask`, boolean [B or 1, H, N, S], `trace.predictor`, and if it likes
+`candidates`, `bits` and `rank`, as attributes or in `trace.details`. It is asked to by `tracing`, where it has that. Of
+any other core the mask is what it was called with, which is dense or causal attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -22,6 +22,10 @@ from scrimp.machines.accelerators.traces import AttentionTrace, Predictor
 if TYPE_CHECKING:
     from scrimp.run import Run
     from scrimp.technique import Batch
+
+
+EXACT: Final = ("none", "flash")
+"""Names of cores that keep all keys."""
 
 
 def collected(place: str | Path, sequences: int = 4) -> list[AttentionTrace]:
@@ -59,13 +63,18 @@ def collect(run: Run, batches: list[Batch]) -> list[AttentionTrace]:
         found.append(traced(core, args, kwargs))
 
     def watched(model: nn.Module) -> dict[str, float]:
-        hooks = [core.register_forward_hook(watch, with_kwargs=True)
-                 for name, core in model.named_modules() if name.rpartition(".")[2] == "core"]  # fmt: skip
+        cores = [core for name, core in model.named_modules() if name.rpartition(".")[2] == "core"]
+        silent: list[Any] = [core for core in cores if getattr(core, "tracing", None) is False]
+        hooks = [core.register_forward_hook(watch, with_kwargs=True) for core in cores]
+        for core in silent:
+            core.tracing = True
         try:
             return run.task.evaluate(model, iter(batches))
         finally:
             for hook in hooks:
                 hook.remove()
+            for core in silent:
+                core.tracing = False
 
     run.evaluate(watched)
     if not found:
@@ -82,9 +91,13 @@ def traced(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> At
     bits = q.element_size() * 8
     if said is not None:
         kept = np.broadcast_to(_array(said.mask), (batch, heads, queries, k.shape[2]))
-        sizes = {name: int(getattr(said, name, 0)) for name in ("bits", "rank")}
-        predictor = Predictor(kind=str(said.predictor), **sizes)
-        asked = getattr(said, "candidates", None)
+        more = {
+            name: getattr(said, name, getattr(said, "details", {}).get(name)) for name in ("bits", "rank", "candidates")
+        }
+        exact = said.predictor in EXACT
+        predictor = Predictor(kind="none" if exact else str(said.predictor), bits=int(more["bits"] or 0),
+                              rank=int(more["rank"] or 0))  # fmt: skip
+        asked = more["candidates"]
         asked = None if asked is None else np.broadcast_to(_array(asked), (batch, heads, queries))
         return AttentionTrace.of(kept, head_width=width, predictor=predictor, candidates=asked, bits=bits)
     if mask is None:
