@@ -345,6 +345,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
        for name in ("computation", "optimizers", "deep", "sparsity", "slimming", "growth", "autoprog", "together",
                     "token-masking")},
     **{name: partial(other, "tables_memory", name) for name in ("memory", "largest", "offloading")},
+    **{name: partial(other, "tables_machines", name) for name in ("machines", "accelerators")},
 }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,22 +13,19 @@ from scrimp.machines.accelerators.report import simulate
 from scrimp.machines.accelerators.traces import AttentionTrace
 
 
-def numbers(raw: Any, place: str = "") -> list[str]:
-    """Paths of all numbers."""
-    if isinstance(raw, dict):
-        return [path for key, value in raw.items() for path in numbers(value, f"{place}.{key}" if place else str(key))]
-    return [place] if isinstance(raw, int | float) else []
-
-
 @pytest.mark.parametrize("name", known())
 def test_every_number_has_a_source(name: str) -> None:
     machine = accelerator(name)
-    said = machine.sources
-    assert all(re.match(rf"[{''.join(TAGS)}]: \S", source) for source in said.values())
-    facts = machine.model_dump(exclude={"power", "area", "sources"})
-    bare = [path for path in numbers(facts) if not any(path == key or path.startswith(f"{key}.") for key in said)]
-    defaults = {"memory.burst", "memory.latency", "memory.channels"}
-    assert not [path for path in bare if path not in defaults]
+    assert all(re.match(rf"[{''.join(TAGS)}]: \S", source) for source in machine.sources.values())
+    tags = machine.tags()
+    assert {"clock", "array.rows", "memory.bandwidth"} <= set(tags)
+    assert not [path for path, tag in tags.items() if not tag]
+
+
+def test_the_nearest_source_counts() -> None:
+    tags = accelerator("outerspace").tags()
+    assert (tags["memory.bandwidth"], tags["memory.latency"], tags["settings.merging"]) == ("V", "R", "S")
+    assert described(GOOD, "mine", "mine.yaml").tags()["clock"] == ""
 
 
 GOOD = """

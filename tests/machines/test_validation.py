@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def test_every_reference_names_a_model_and_a_machine() -> None:
         assert accelerator(reference.machine)
         assert reference.model in MODELS if reference.model else reference.note
     assert {reference.model for reference in references()} - {""} == set(MODELS)
+
+
+def test_the_evidence_is_what_is_simulated_now() -> None:
+    kept = json.loads((Path(__file__).parents[2] / "evidence" / "machines.json").read_text())["rows"]
+    assert {row["name"]: row["verdict"] for row in kept} == {name: row.verdict for name, row in rows().items()}
+    for row in kept:
+        assert row["model_value"] is None or row["model_value"] == pytest.approx(rows()[row["name"]].found, rel=1e-6)
 
 
 def test_the_command_prints_every_row(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,16 @@ class Accelerator(Part):
         """A setting that is a whole number."""
         return int(self.setting(name))
 
+    def tags(self) -> dict[str, str]:
+        """Path of each number that the description gives -> the letter of its source, empty where it names none."""
+        said = {"power": self.power, "area": self.area}
+        found = {name: fact.tag for name, fact in said.items() if fact is not None}
+        given = self.model_dump(exclude={"power", "area", "sources"}, exclude_unset=True)
+        for path in _numbers(given):
+            near = [key for key in self.sources if f"{path}.".startswith(f"{key}.")]
+            found[path] = self.sources[max(near, key=len)][0] if near else ""
+        return found
+
     def _named(self, key: str, table: Mapping[str, Any], name: str) -> Any:
         if name not in table:
             what = f"the dataflow `{self.dataflow}` needs `{key}.{name}`."
@@ -268,6 +278,13 @@ def _fault(error: Any) -> str:
         return f"`{place}` is no key of a description. {did_you_mean(str(error['loc'][-1]), fields)}".rstrip(".")
     words = error["msg"][0].lower() + error["msg"][1:]
     return f"`{place}`: {words}" + ("" if error["type"] == "missing" else f", not {error['input']!r}")
+
+
+def _numbers(raw: Any, place: str = "") -> list[str]:
+    """Paths of all numbers in mappings."""
+    if isinstance(raw, dict):
+        return [path for key, value in raw.items() for path in _numbers(value, f"{place}.{key}".strip("."))]
+    return [place] if isinstance(raw, int | float) and not isinstance(raw, bool) else []
 
 
 def _raw(name: str) -> str:

@@ -59,7 +59,10 @@ def simulate(traces: Sequence[Trace], machine: Accelerator) -> Report:
             raise UserError(what, "--machine", f"It does: {found.takes.__name__.removesuffix('Trace').lower()}.")
     if not traces:
         raise UserError("there is nothing to simulate: no trace was given.", machine.name)
-    return reported(found.function(traces, machine), machine, found.notes(traces, machine))
+    notes = found.notes(traces, machine)
+    if machine.power is not None and machine.power.tag == "R":
+        notes.append(f"The power of {machine.name} is recalled, not read: so is its energy by power and time.")
+    return reported(found.function(traces, machine), machine, notes)
 
 
 def reported(flow: Flow, machine: Accelerator, notes: Sequence[str] = ()) -> Report:
