@@ -347,6 +347,7 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     **{name: partial(other, "tables_attention", name.replace("-", "_")) for name in ("attention", "attention-memory")},
     **{name: partial(other, "tables_memory", name) for name in ("memory", "largest", "offloading")},
     **{name: partial(other, "tables_sparse", name.replace("-", "_")) for name in ("spgemm", "two-four")},
+    **{name: partial(other, "tables_machines", name) for name in ("machines", "accelerators")},
 }  # fmt: skip
 
 

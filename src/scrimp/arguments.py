@@ -20,6 +20,15 @@ def axes_of(text: str) -> dict[str, int]:
         raise UserError(f"`{text}` is no mesh.", "--mesh", "Write it as data=2,tensor=2.") from None
 
 
+def accelerated(machine: str) -> bool:
+    """Whether this names a simulated accelerator, or its description."""
+    from scrimp.machines.accelerators.architecture import known
+    from scrimp.machines.machine import KNOWN
+
+    ours = machine.lower() in known() and machine.lower() not in (name.lower() for name in KNOWN)
+    return ours or machine.endswith((".yaml", ".yml"))
+
+
 def within(option: str, value: float, zero: str = "") -> None:
     """Check a number of the command line.
 

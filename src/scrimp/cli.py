@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from scrimp.arguments import axes_of, load, numbers, within
+from scrimp.arguments import accelerated, axes_of, load, numbers, within
 from scrimp.errors import UserError
 
 app = typer.Typer(
@@ -104,7 +104,10 @@ def launch(
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     overrides: Words = None,
-    machine: Annotated[str, typer.Option(help="here, or a machine by name, such as A100-80.")] = "here",
+    machine: Annotated[
+        str, typer.Option(help="here, a machine such as A100-80, an accelerator such as elsa.")
+    ] = "here",
+    kept: Annotated[float, typer.Option(help="Of an accelerator: share of the keys that a query keeps.")] = 1.0,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", show_default=False)] = None,
     ranks: Annotated[int, typer.Option(help="Devices that share each batch.", min=1)] = 1,
     fit: Annotated[str, typer.Option(help="Search what makes it fit into so much memory, such as 16GB.")] = "",
@@ -120,7 +123,17 @@ def plan(
     if sum((bool(fit), each, html is not None)) > 1 or (ranks > 1 and (fit or each)):
         fix = "Call it once for each."
         raise UserError("--fit, --each and --html do not go together, nor the first two with --ranks.", "plan", fix)
-    loaded, on = load(recipe, overrides), find(machine)
+    loaded = load(recipe, overrides)
+    if accelerated(machine):
+        if fit or each or html is not None:
+            raise UserError("--fit, --each and --html know no accelerators.", "--machine", "Leave them out.")
+        from scrimp.machines.accelerators import planned
+        from scrimp.machines.accelerators.architecture import accelerator
+
+        attended = planned.attention(make(loaded, find("here"), ranks=ranks), accelerator(machine), kept)
+        typer.echo(json.dumps(attended.as_json(), indent=1) if json_ else attended.text())
+        return
+    on = find(machine)
     if fit:
         found = fitting.fit(loaded, on, size_of(fit), say=watch)
         typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
@@ -164,6 +177,57 @@ def compare(
     whole = Comparison(folder, made, left_out, range(seeds), numbers(rates), mode, until_loss, typer.echo)
     typer.echo("\n" + text(whole.run()))
     typer.echo(f"\nAll of it is in {folder}; a page of it: scrimp report {folder}")
+
+
+@app.command()
+def validate(
+    what: Annotated[str, typer.Argument(help="machines: the simulator of accelerators.")] = "machines",
+    json_: AsJson = False,
+) -> None:
+    """Compare the simulator of accelerators with what was published; 1 if a closed form is off."""
+    if what != "machines":
+        raise UserError(f"there is nothing to validate for `{what}`.", "validate", "Known: machines.")
+    from scrimp.machines.accelerators.validation import validate as run
+
+    rows = run()
+    if json_:
+        typer.echo(json.dumps({"rows": [row.as_json() for row in rows]}, indent=1))
+    else:
+        from rich.console import Console
+
+        from scrimp.machines.accelerators.views import validation
+
+        screen = Console()
+        Console(width=max(screen.width, 150), highlight=False).print(validation(rows))
+    if any(row.reference.kind == "L0" and row.verdict == "outside" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def simulate(
+    run: RunPath,
+    machine: Annotated[str, typer.Option(help="An accelerator by name, such as elsa, or its description: a YAML.")],
+    baseline: Annotated[str, typer.Option(help="Another one to compare with, such as v100.")] = "",
+    sequences: Annotated[int, typer.Option(help="Held-out sequences, one after another.", min=1)] = 4,
+    json_: AsJson = False,
+) -> None:
+    """Run a trained model's attention through a simulated accelerator: cycles, bytes, energy."""
+    from scrimp.machines.accelerators.architecture import accelerator
+
+    on, over = accelerator(machine), accelerator(baseline) if baseline else None
+    from scrimp.machines.accelerators.collect import collected
+    from scrimp.machines.accelerators.report import simulate as simulated
+    from scrimp.machines.accelerators.views import simulation
+
+    traces = collected(run, sequences)
+    report, other = simulated(traces, on), simulated(traces, over) if over else None
+    if json_:
+        found = {"report": report.as_json(), "baseline": other.as_json() if other else None}
+        typer.echo(json.dumps(found | {"speedup": report.speedup(other) if other else None}, indent=1))
+        return
+    kept = sum(trace.kept for trace in traces) / sum(t.heads * t.queries * t.keys for t in traces)
+    asked = f"{len(traces)} attention layers of {sequences} held-out sequences, {kept:.1%} of the scores kept,"
+    typer.echo(simulation(report, other, asked))
 
 
 @app.command()

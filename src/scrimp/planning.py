@@ -237,12 +237,12 @@ class DryRun:
         decisions = self._decided(run)
         moment, line = peak(trace)
         seconds, slowest = step_seconds(step, self.target, cost.fused)
-        parameters = list(run.model.parameters())
         volume = sent(step, self.world.size)
         seconds += cost.seconds + (volume / self.target.link if self.target.link else 0.0)
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
-            clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest, *weights(run.model), volume,
+            clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest,
+            *weights(run.model), volume,
         )  # fmt: skip
         with self.mode:
             state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())
