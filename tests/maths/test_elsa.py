@@ -20,9 +20,7 @@ def drawn(*shape: int) -> Tensor:
 
 def angles(width: int = 16, heads: int = 2, **settings: float) -> Angles:
     """A selection whose buffers are filled."""
-    made = Angles(Elsa(**{"calibrate": 1, **settings}), torch.empty(heads, width), 0)  # type: ignore[arg-type]
-    made.refill()
-    return made
+    return Angles(Elsa(**{"calibrate": 1, **settings}), torch.empty(heads, width), 0)  # type: ignore[arg-type]
 
 
 def square(tokens: int, causal: bool = True) -> Tensor:

@@ -138,13 +138,14 @@ class Angles(nn.Module):
         self.register_buffer("count", like.new_empty(heads))
         self.register_buffer("newest", like.new_empty(heads))
         self.register_buffer("projection", like.new_empty(self.bits, self.width), persistent=False)
+        self.refill()
 
     def refill(self) -> None:
         """Nothing is calibrated yet; the projection is the same in all layers."""
         self.threshold.zero_()
         self.count.zero_()
         self.newest.fill_(NONE)
-        if not isinstance(self.projection, FakeTensor):
+        if not (isinstance(self.projection, FakeTensor) or self.projection.is_meta):
             chance = generator(self.seed, "elsa")
             parts = [dense(kronecker_factors(self.width, chance)) for _ in range(-(-self.bits // self.width))]
             self.projection.copy_(torch.cat(parts)[: self.bits])

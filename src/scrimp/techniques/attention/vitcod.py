@@ -12,8 +12,8 @@ makes the H heads of them on the chip. A fixed mask is known before anything is 
 part of a trace (`order`, `dense`) and changes no number.
 
 Paper: You et al., "ViTCoD: Vision Transformer Acceleration via Dedicated Algorithm and Accelerator Co-Design", HPCA
-2023, arXiv 2210.09573, which does this for vision Transformers, after training; here it is one run in two stages, and
-goes for all models whose tokens keep their places. What is exported attends to all places.
+2023, arXiv 2210.09573, for vision Transformers, after training. Here it is one run in two stages, and goes for all
+models whose tokens keep their places. What is exported attends to all of them.
 
 Saves: on such hardware, scores outside of the mask, and traffic of queries and keys. Costs: here all of it is computed
 in full; the average, [heads, tokens, tokens] numbers a layer until the masks are drawn. Not for: training time on any
@@ -111,15 +111,14 @@ class ViTCoD(Technique):
         def make(path: str, attention: Any) -> nn.Module:
             if not hasattr(attention, "qkv"):
                 return SparseCore(self.name)
-            self._check(path, attention, run)
-            watch = select = None
-            like = attention.proj.weight
+            if self.heads < 1 and attention.q_norm is not None:
+                what = f"`{path}` has norms of queries and keys, behind which mixed heads cannot be folded."
+                raise UserError(what, run.where(self, "heads"), "Set it to 1, or `model.qk_norm: false`.")
+            watch, select, like = None, None, attention.proj.weight
             if self.theta < 1:
                 size = places(found, path, run.where(self))
-                if drawn:
-                    select = Fixed(attention.heads, size, attention.causal, like)
-                else:
-                    watch = Averages(attention.heads, size, like)
+                select = Fixed(attention.heads, size, attention.causal, like) if drawn else None
+                watch = None if drawn else Averages(attention.heads, size, like)
             before = Mixed(self, attention, like) if self.heads < 1 else None
             return SparseCore(self.name, select, self.when, before, watch, lambda mask: reordered(mask[0], self.dense))
 
@@ -127,11 +126,6 @@ class ViTCoD(Technique):
         self._say(found, cores, run)
         watch_kept(model, cores, run, self)
         return model
-
-    def _check(self, path: str, attention: Any, run: Run) -> None:
-        if self.heads < 1 and attention.q_norm is not None:
-            what = f"`{path}` has norms of queries and keys, behind which mixed heads cannot be folded."
-            raise UserError(what, run.where(self, "heads"), "Set it to 1, or `model.qk_norm: false`.")
 
     def _say(self, found: dict[str, Any], cores: dict[str, Any], run: Run) -> None:
         """What is left as it is."""
@@ -154,8 +148,6 @@ class ViTCoD(Technique):
 
     def loss(self, loss: Loss, run: Run) -> Loss:
         """What mixing loses."""
-        if self.heads == 1:
-            return loss
         return with_due(loss, sparse_cores(run.model, self.name), self.reconstruct, run)
 
     @torch.no_grad()
