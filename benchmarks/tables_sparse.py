@@ -18,14 +18,14 @@ def spgemm() -> str:
         kind, size, density = key.split("/")
         seconds: dict[str, float] = row["seconds"]
         cells = [f"{seconds[name] * 1e3:,.1f}" if name in seconds else "" for name in (*OURS, "scipy", "torch.sparse")]
-        fewest = min(("outer", "gustavson", "inner"), key=lambda name: row["bytes"][name])
+        moved = [f"{row['bytes'][name] / row['bytes']['least']:.1f}" for name in ("inner", "gustavson", "outer")]
         products, compression = row["products"], row["products"] / row["entries"][2]
         lines.append([kind, f"{int(size):,}", density, f"{products:,}", f"{compression:.1f}", *cells,
-                      fastest(seconds), fewest])  # fmt: skip
+                      fastest(seconds), " / ".join(moved)])  # fmt: skip
     if not lines:
         return "Not measured yet."
     head = ["entries", "N", "density", "products P", "P / nnz(C)", *(f"{name}, ms" for name in OURS), "scipy, ms",
-            "torch.sparse, ms", "fastest of the three", "fewest bytes"]  # fmt: skip
+            "torch.sparse, ms", "fastest of the three", "times the least bytes"]  # fmt: skip
     machine = found["environment"]
     about = f"Milliseconds of one core ({machine['processor']}, torch {machine['torch']}, scipy {machine['scipy']})."
     return f"{table(head, lines)}\n\n{about} {crossings(found['rows'])}"
