@@ -72,7 +72,7 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """softmax - (1 - smoothing) onehot - smoothing / V, in rows that count."""
         softmax, rows, foreign, counts = ctx.saved_tensors
         grad = softmax - ctx.smoothing / ctx.vocab
