@@ -26,7 +26,7 @@ from scrimp.sharding import whole
 from scrimp.training import Result, train
 from scrimp.vocabulary import SharedCrossEntropy
 from scrimp.world import ALONE, World, arranged
-from tiny import MODEL, home, recipe
+from tiny import MODEL, TinyData, home, recipe
 from tiny_tasks import TINY, Memory
 
 MESH = {"tensor": 2, "data": 1}
@@ -56,7 +56,13 @@ def made(case: dict[str, Any], together: bool, **more: Any) -> Recipe:
     if together:
         used.append(technique_class("tensor")(**case.get("tensor", {})))
         settings["mesh"] = MESH
-    return recipe(*used, **settings, **more)
+    return recipe(*used, **{**settings, **more})
+
+
+def saved(out: Path, together: bool) -> Recipe:
+    """The recipe of a run that is saved."""
+    case = {"model": {**MODEL, **LLAMA}, "names": ("adamw",)}
+    return made(case, together, out=str(out), name="run", data="text")
 
 
 def alone(given: Recipe) -> Result:
@@ -135,7 +141,7 @@ def main(folder: Path) -> None:
         "scaled": refused(names=("ssf",)),
         "dropped": refused(names=("token_drop",)),
     }
-    train(made({"model": {**MODEL, **LLAMA}, "names": ("adamw",)}, together=True, out=str(folder / "run")), force=True)
+    train(saved(folder / "run", together=True), data=TinyData().open(), force=True)
     (folder / f"found-{world.rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -68,7 +68,7 @@ class SummedLoss(torch.autograd.Function):
         total, likely = ranks.sum(torch.stack([exps.sum(-1), target * (1 - smoothing) + spread]))
         ctx.save_for_backward(exps.div_(total[:, None]), rows, foreign, counts)
         ctx.smoothing, ctx.vocab, ctx.dtype = smoothing, vocab, logits.dtype
-        return (total.log() - likely)[counts].sum().to(logits.dtype)
+        return (total.log() - likely).masked_fill(~counts, 0.0).sum().to(logits.dtype)
 
     @staticmethod
     @once_differentiable

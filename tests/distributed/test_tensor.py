@@ -15,8 +15,8 @@ from scrimp import checkpoint
 from scrimp.folder import RunFolder
 from scrimp.sharding import Cut
 from scrimp.training import train
-from tensor_ranks import CASES, LLAMA, made
-from tiny import MODEL
+from tensor_ranks import CASES, saved
+from tiny import TinyData
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_ranks_train_as_one_process(found: dict[str, Any], case: str) -> None:
 
 def test_weights_are_shared(found: dict[str, Any]) -> None:
     assert found["decoder"]["share"] < 0.53
-    assert 0.53 < found["whole stream"]["share"] < 0.58, "the table of tokens and positions stay whole"
+    assert found["whole stream"]["share"] > found["decoder"]["share"], "the table of tokens is whole"
 
 
 def test_loss_of_a_shared_vocabulary(found: dict[str, Any]) -> None:
@@ -68,12 +68,11 @@ def test_refusals(found: dict[str, Any]) -> None:
 
 
 def test_one_process_resumes_what_ranks_saved(folder: Path, tmp_path: Path) -> None:
-    case = {"model": {**MODEL, **LLAMA}, "names": ("adamw",)}
-    train(made(case, together=False, out=str(tmp_path)), force=True)
+    train(saved(tmp_path, together=False), data=TinyData().open(), force=True)
     weights: list[dict[str, torch.Tensor]] = []
-    for place, mesh in ((next((folder / "run").iterdir()), {"tensor": 1}), (next(tmp_path.iterdir()), None)):
-        train(resume=place, extend="3 step", mesh=mesh, force=True)
-        weights.append(checkpoint.load(RunFolder.newest(place))[0]["model"])  # type: ignore[arg-type]
+    for place, mesh in ((folder / "run/run", {"tensor": 1}), (tmp_path / "run", None)):
+        train(resume=place, extend="3 step", mesh=mesh, data=TinyData().open(), force=True)
+        weights.append(dict(checkpoint.load(RunFolder.newest(place))[0]["model"]))
     a, b = weights
     assert a.keys() == b.keys()
     worst = max(float((a[n] - b[n]).abs().max() / b[n].abs().max()) for n in a)
