@@ -145,7 +145,7 @@ def _planned(run: Run) -> Backward:
     return backward
 
 
-def _sum(group, bucket) -> Any:  # pyright: ignore
+def _sum(group, bucket):  # pyright: ignore
     """The sum of a bucket of gradients over the ranks: torch's default is the mean, but losses are divided already.
 
     Without annotations, which are texts here: torch compares them with its own class.

@@ -23,12 +23,40 @@ from scrimp.training import train
 from tiny import TinyData, example, recipe
 
 AXES = {axis for name in modules() for axis in technique_class(name).card.axes}
-LAYOUTS: dict[str, tuple[Any, ...]] = {
-    "replicate": ("replicate", {}),
-    "zero, stage 1": ("zero", {"stage": 1}),
-    "zero, stage 2": ("zero", {"stage": 2}),
-    "zero, stage 3": ("zero", {"stage": 3}),
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "replicate": {"replicate": {}},
+    "zero, stage 1": {"zero": {"stage": 1}},
+    "zero, stage 2": {"zero": {"stage": 2}},
+    "zero, stage 3": {"zero": {"stage": 3}},
+    "tensor": {"tensor": {}},
+    "pipeline": {"pipeline": {}},
+    "zero, replicated": {"zero": {}},
+    "tensor x replicate": {"tensor": {}, "replicate": {}},
+    "tensor x zero": {"tensor": {}, "zero": {}},
+    "pipeline x replicate": {"pipeline": {}, "replicate": {}},
+    "pipeline x tensor": {"pipeline": {}, "tensor": {}},
 }
+MESHES: dict[str, dict[str, int]] = {
+    "zero, replicated": {"replica": 2, "data": 2},
+    "tensor x replicate": {"tensor": 2, "data": 2},
+    "tensor x zero": {"tensor": 2, "data": 2},
+    "pipeline x replicate": {"pipeline": 2, "data": 2},
+    "pipeline x tensor": {"pipeline": 2, "tensor": 2, "data": 1},
+}
+"""Layouts of four ranks; others have all ranks along one axis."""
+
+
+def mesh(name: str, ranks: int) -> dict[str, int] | None:
+    """A layout's mesh of so many ranks; None where it has none."""
+    if name in MESHES:
+        return MESHES[name] if ranks == 4 else None
+    axis = name if name in ("tensor", "pipeline") else "data"
+    return {axis: ranks} if axis == "data" else None if ranks > 2 and axis == "tensor" else {axis: ranks, "data": 1}
+
+
+def layouts() -> list[str]:
+    """Those that this many ranks have."""
+    return [name for name in LAYOUTS if mesh(name, dist.get_world_size()) is not None]
 
 
 def files() -> Path:
@@ -44,33 +72,37 @@ def made(*techniques: Any, **settings: Any) -> Recipe:
     return recipe(*techniques, **(common | {"validate": {"every": "2 step", "batches": 1}} | settings))
 
 
-def layout(name: str) -> Any:
-    """The technique of a layout."""
-    kind, settings = LAYOUTS[name]
-    return technique_class(kind)(**settings)
+def layout(name: str) -> list[Any]:
+    """The techniques of a layout."""
+    return [technique_class(kind)(**settings) for kind, settings in LAYOUTS[name].items()]
 
 
 def state(run: Run) -> dict[str, Tensor]:
     """All named tensors, whole."""
-    return {f"{kind}/{n}": whole(t.detach()).clone() for kind, named in run.state().items() for n, t in named.items()}
+    return {f"{kind}/{n}": whole(t).clone() for kind, named in run.state().items() for n, t in named.items()}
 
 
 def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The largest relative difference of what both have; each tensor by its own largest value."""
-    gaps = [
+    gaps = [0.0] + [
         float((found[n].double() - t.double()).abs().max() / t.double().abs().max().clamp(min=1e-12))
         for n, t in wanted.items()
         if n in found and t.numel()
     ]
-    return max(gaps)
+    if not dist.is_initialized():
+        return max(gaps)
+    told: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(told, max(gaps))
+    return max(told)
 
 
 def parity() -> dict[str, Any]:
     """layout -> difference of weights and moments from one process, and the validation."""
     wanted = torch.load(files() / "alone.pt")
     found: dict[str, Any] = {}
-    for name in LAYOUTS:
-        result = train(made(layout(name), example("clip")), save=False)
+    for name in layouts():
+        axes = mesh(name, dist.get_world_size())
+        result = train(made(*layout(name), example("clip"), mesh=axes), save=False)
         found[name] = [apart(state(result.run), wanted), result.validation["loss"]]
     return found
 
@@ -78,13 +110,13 @@ def parity() -> dict[str, Any]:
 def catalogue() -> dict[str, Any]:
     """layout/technique -> the difference from one process, or why it is refused."""
     found: dict[str, Any] = {}
-    for name in ("replicate", "zero, stage 3"):
+    for name in ("replicate", "zero, stage 3", "tensor", "pipeline"):
         for path in sorted(files().glob("*.pt")):
             kind = path.stem
             if kind == "alone":
                 continue
             try:
-                run = train(made(example(kind), layout(name)), save=False, force=True).run
+                run = train(made(example(kind), *layout(name), mesh=mesh(name, 2)), save=False, force=True).run
                 found[f"{name}/{kind}"] = apart(state(run), torch.load(path))
             except UserError as error:
                 found[f"{name}/{kind}"] = str(error)
@@ -94,17 +126,20 @@ def catalogue() -> dict[str, Any]:
 def live() -> dict[str, int]:
     """layout -> the highest live bytes of a rank."""
     found: dict[str, int] = {}
-    for name in LAYOUTS:
+    for name in MEMORY:
         with LiveBytes() as meter:
             train(measured(name), save=False, force=True)
         found[name] = meter.peak
     return found
 
 
+MEMORY = ("replicate", "zero, stage 1", "zero, stage 2", "zero, stage 3")
+
+
 def measured(name: str) -> Recipe:
     """The recipe whose memory is planned and measured."""
     model = {"layers": 4, "width": 64, "heads": 4, "dropout": 0.1}
-    return recipe(example("adamw"), layout(name), model=model, data=TinyData(context=32), batch=8, duration="3 step",
+    return recipe(example("adamw"), *layout(name), model=model, data=TinyData(context=32), batch=8, duration="3 step",
                   sample={"tokens": 0}, validate={"every": 0})  # fmt: skip
 
 
@@ -112,7 +147,7 @@ def saved() -> str:
     """A run of zero that is saved on the way; returns its folder."""
     settings = {"data": "text", "out": str(files()), "name": "run", "checkpoint": {"every": "2 step", "keep": 9}}
     data = made().data
-    train(made(layout("zero, stage 3"), **settings), data=data.open(), force=True)
+    train(made(*layout("zero, stage 3"), **settings), data=data.open(), force=True)
     return str(files() / "run")
 
 
