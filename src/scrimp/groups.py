@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,29 +42,37 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assign(names: Mapping[str, nn.Parameter], table: Mapping[str, Multipliers]) -> list[Group]:
+def assign(
+    names: Mapping[str, nn.Parameter], table: Mapping[str, Multipliers], elsewhere: Collection[str] = ()
+) -> list[Group]:
     """Partition parameters by the product of the multipliers of all patterns that match them.
 
     Vectors (biases, norms, scales) start with a decay of 0, as is usual for Transformers.
 
+    Args:
+        elsewhere: names that other ranks hold, which patterns may be meant for.
     Raises:
         UserError: if a pattern matches no parameter.
     """
     found = {name: Multipliers(decay=float(p.ndim > 1)) for name, p in names.items()}
     for pattern, factor in table.items():
-        for name in matching(pattern, list(names), "trainable parameter", "groups"):
-            found[name] = found[name].times(factor)
+        for name in matching(pattern, [*names, *elsewhere], "trainable parameter", "groups"):
+            if name in found:
+                found[name] = found[name].times(factor)
     groups: dict[Multipliers, dict[str, nn.Parameter]] = {}
     for name, factor in found.items():
         groups.setdefault(factor, {})[name] = names[name]
     return [Group(params, factor.lr, factor.decay) for factor, params in groups.items()]
 
 
-def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> dict[str, dict[str, nn.Parameter]]:
+def partition(
+    names: Mapping[str, nn.Parameter], scopes: Mapping[str, str], elsewhere: Collection[str] = ()
+) -> dict[str, dict[str, nn.Parameter]]:
     """Which update rule owns which parameter.
 
     Args:
         scopes: rule -> its pattern; `*` takes what no other rule names.
+        elsewhere: names that other ranks hold, of which a rule may own all.
     Raises:
         UserError: if two patterns overlap, a rule gets nothing, or parameters are left over.
     """
@@ -72,7 +80,7 @@ def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> d
     for rule, pattern in scopes.items():
         if pattern == "*":
             continue
-        for name in matching(pattern, list(names), "trainable parameter", f"techniques.{rule}"):
+        for name in matching(pattern, [*names, *elsewhere], "trainable parameter", f"techniques.{rule}"):
             if name in owner:
                 what = f"`{name}` is claimed by `{owner[name]}` and by `{rule}`."
                 raise UserError(what, f"techniques.{rule}", "Make the patterns disjoint.")
@@ -81,7 +89,7 @@ def partition(names: Mapping[str, nn.Parameter], scopes: Mapping[str, str]) -> d
     left = [name for name in names if name not in owner]
     if left and rest is None:
         raise UserError(f"no update rule takes `{left[0]}`.", "techniques", "Give one rule the pattern `*`.")
-    if rest is not None and not left:
+    if rest is not None and not left and not elsewhere:
         what = f"the other update rules leave `{rest}` no parameter."
         raise UserError(what, f"techniques.{rest}", "Drop it, or narrow their patterns.")
     return {r: {n: p for n, p in names.items() if owner.get(n, rest) == r} for r in scopes}

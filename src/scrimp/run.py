@@ -7,7 +7,7 @@ is named tensors, on the host or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
@@ -65,6 +65,12 @@ class Run:
     model: nn.Module = field(default_factory=nn.Module)
     base: frozenset[str] = frozenset()
     """Names of the parameters before any surgery."""
+    elsewhere: frozenset[str] = frozenset()
+    """Names of the parameters and buffers that only other ranks hold; checkpoints have them, this rank does not."""
+    repeated: frozenset[str] = frozenset()
+    """Names of the parameters that an earlier rank holds as well, so that sums over ranks must not count them again."""
+    plans: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What techniques work out in one slot for another, by technique."""
     optimizer: Optimizer | None = None
     factor: Callable[[float], float] = lambda _: 1.0
     index: np.ndarray = field(default_factory=lambda: np.arange(0))
@@ -174,7 +180,7 @@ def build(
     run.model = materialize(run.fold("wrap", model), run.device)
     initialize(run.model, run.seed)
     run.model = run.fold("init", run.model)
-    state = run.fold("carry", last if last is not None else source or {})
+    state = own(run.fold("carry", last if last is not None else source or {}), run.elsewhere)
     if "model" in state:
         fresh = renewable(config)
         load_weights(run.model, state["model"],
@@ -225,6 +231,13 @@ def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> n
     initialize(model, seed, skip=before)
     run.model = run.fold("wrap", model)
     return run.fold("init", run.model)
+
+
+def own(state: State, elsewhere: Collection[str]) -> State:
+    """What this rank holds of a state: without the tensors that belong to other ranks only."""
+    if not elsewhere:
+        return state
+    return {kind: {n: t for n, t in tensors.items() if n not in elsewhere} for kind, tensors in state.items()}
 
 
 def check_ranks(run: Run) -> None:
@@ -305,20 +318,22 @@ def make_optimizer(run: Run) -> Optimizer:
         table[pattern] = table.get(pattern, Multipliers()).times(Multipliers(rule.lr, rule.decay))
     table = run.fold("groups", table)
     rules = {run.order.key(t): t for t in run.order.slots["optimizer"] if "update rule" in t.card.sets}
-    owned = partition(names, {key: scope(t) for key, t in rules.items()})
+    owned = partition(names, {key: scope(t) for key, t in rules.items()}, run.elsewhere)
 
     def make(groups: list[Group]) -> Optimizer:
         made: list[Optimizer] = []
         for key, technique in rules.items():
             mine = [Group({n: p for n, p in g.params.items() if n in owned[key]}, g.lr, g.decay) for g in groups]
-            made.append(technique.optimizer(make, run)([g for g in mine if g.params]))
+            # Other ranks may hold all that a rule trains.
+            if any(g.params for g in mine) or not run.elsewhere:
+                made.append(technique.optimizer(make, run)([g for g in mine if g.params]))
         return made[0] if len(made) == 1 else Several(made)
 
     wrapped: Callable[[list[Group]], Optimizer] = make
     for technique in run.order.slots["optimizer"]:
         if technique not in rules.values():
             wrapped = technique.optimizer(wrapped, run)
-    return wrapped(assign(names, table))
+    return wrapped(assign(names, table, run.elsewhere))
 
 
 def exported(run: Run) -> dict[str, Tensor]:

@@ -57,3 +57,16 @@ def added(mask: Tensor, x: Tensor) -> Tensor:
     half = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if half else x.dtype
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+
+
+def counted(x: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The states whose targets count, [n, C] and [n]: few of a masked language model's; all where they have no values.
+
+    While planning, targets have no values, and the plan is for the worst case.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if targets is None or isinstance(targets, FakeTensor):
+        return x, targets
+    rows = (targets.flatten() != -100).nonzero().squeeze(1)
+    return x.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)

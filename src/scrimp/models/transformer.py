@@ -21,7 +21,8 @@ from scrimp.errors import UserError
 from scrimp.models.config import Trunk
 from scrimp.models.dropout import Dropout
 from scrimp.models.layers import Block, Embedding, Norm, activated, rotary
-from scrimp.models.masks import added, beside, firsts, seen
+from scrimp.models.masks import added, beside, counted, firsts, seen
+from scrimp.models.parts import Part
 from scrimp.models.presets import expand
 from scrimp.models.seams import CrossEntropy, Linear
 
@@ -118,6 +119,7 @@ class Transformer(nn.Module):
     """Embeddings, blocks, head.
 
     Attributes:
+        part: which part of the model to run, None for all of it; all but the last leave hidden states.
         embed_project: E -> C behind a factorized table; at first it keeps the variance, so that states begin as large.
         head_project: C -> E before a language model's head, where the table is factorized.
         prompts: a seam: () -> vectors [prepended, C] that go before the embedded tokens, and are cut off again before
@@ -146,6 +148,7 @@ class Transformer(nn.Module):
         self.prompts: nn.Module = nn.Identity()
         self.prepended = self.shift = 0
         self.side: nn.Module | None = None
+        self.part: Part | None = None
         self.dropout = Dropout(c.dropout, site=0)
         self.blocks = nn.ModuleList(Block(c, i, c.causal) for i in range(c.layers))
         self.norm: nn.Module = Norm(c.width, c.norm, c.norm_eps, c.bias) if c.norm_at == "pre" else nn.Identity()
@@ -194,6 +197,8 @@ class Transformer(nn.Module):
             documents: number of each token's document, [B, T], rising; tokens of others are not seen.
         """
         x = self.states(tokens, sample, cache, attended, segments, documents)
+        if self.part is not None and not self.part.last:
+            return x
         if self.config.head in ("classes", "none"):
             pooled = self.pooled(x, attended)
             return self.head(pooled) if self.config.head == "classes" else pooled
@@ -214,29 +219,40 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
     ) -> Tensor:
         """What the last block leaves, after the last norm: [B, T, C]."""
-        past = cache[0][0].shape[2] - self.prepended if cache and cache[0] else 0
+        part = self.part or Part(range(len(self.blocks)), True, True)
+        kept = cache[part.blocks.start] if cache else []
+        past = kept[0].shape[2] - self.prepended if kept else 0
         if past + tokens.shape[1] > self.room:
             raise ValueError(f"{past + tokens.shape[1]} tokens exceed the model's context of {self.room}.")
         place = torch.arange(self.shift + past, self.shift + past + tokens.shape[1], device=tokens.device)
         if documents is not None:
             place = place - firsts(documents)
+        count = 0 if past else self.prepended
+        x = self._embedded(tokens, place, segments, count, sample) if part.given is None else part.given
+        mask = seen(tokens, self.config.causal, attended, documents)
+        if count:
+            place = torch.cat([self._before(tokens.device).expand(*place.shape[:-1], -1), place], -1)
+            mask = None if mask is None else beside(mask, count, self.config.causal)
+        rope = rotary(place, self.config, x.dtype) if self.config.positions == "rotary" else None
+        if mask is not None and documents is not None and attended is None:
+            mask = added(mask, x)
+        x = self.through(x, rope, mask, sample, cache)
+        return self.norm(x[:, count:]) if part.last else x
+
+    def _embedded(
+        self, tokens: Tensor, place: Tensor, segments: Tensor | None, count: int, sample: Tensor | None
+    ) -> Tensor:
+        """What the first block gets: [B, P + T, C] with `count` = P prompts before the tokens' T places."""
         x = self.embed_scale(self.embed_project(self.embed(tokens)))
         if self.positions is not None:
             x = x + self.positions(place + self.config.position_offset)
         if self.segments is not None:
             x = x + self.segments(torch.zeros_like(tokens) if segments is None else segments)
-        mask = seen(tokens, self.config.causal, attended, documents)
-        count = 0 if past else self.prepended
         if count:
-            x, place = self._behind_prompts(x, place)
-            mask = None if mask is None else beside(mask, count, self.config.causal)
+            x = self._behind_prompts(x)
         if self.embed_norm is not None:
             x = self.embed_norm(x)
-        rope = rotary(place, self.config, x.dtype) if self.config.positions == "rotary" else None
-        if mask is not None and documents is not None and attended is None:
-            mask = added(mask, x)
-        x = self.through(self.dropout(x, sample), rope, mask, sample, cache)
-        return self.norm(x[:, count:])
+        return self.dropout(x, sample)
 
     def through(
         self,
@@ -248,8 +264,11 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the blocks make of embedded tokens: [B, T, C] -> [B, T, C]; the other arguments are those of a block."""
         states = [] if self.side is None else [x]
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, sample, cache[i] if cache is not None else None)
+        # By name: a rank that runs a part of the model may have no other blocks.
+        for name, block in self.blocks._modules.items():
+            if block is None or (self.part is not None and int(name) not in self.part.blocks):
+                continue
+            x = block(x, rope, mask, sample, cache[int(name)] if cache is not None else None)
             if self.side is not None:
                 states.append(x)
         return x if self.side is None else self.side(states, rope, mask, sample, cache)
@@ -259,18 +278,20 @@ class Transformer(nn.Module):
         """How many tokens fit: the context, less what learned positions have no row for."""
         return self.config.context - (self.shift if self.positions is not None else 0)
 
-    def _behind_prompts(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedded tokens [B, T, C] and their places [T] or [B, T], with the prompts before them.
+    def _behind_prompts(self, x: Tensor) -> Tensor:
+        """Embedded tokens [B, T, C] behind the prompts.
 
         Prompts have the places before the tokens' first. Where no row of the learned positions is theirs, they do
         without: what is trained would take it in.
         """
         prompts = self.prompts().to(x.dtype)  # [P, C]
-        before = torch.arange(self.shift - self.prepended, self.shift, device=x.device)
         if self.positions is not None and self.shift:
-            prompts = prompts + self.positions(before + self.config.position_offset)
-        before = before.expand(*place.shape[:-1], -1)
-        return torch.cat([prompts.expand(len(x), -1, -1), x], 1), torch.cat([before, place], -1)
+            prompts = prompts + self.positions(self._before(x.device) + self.config.position_offset)
+        return torch.cat([prompts.expand(len(x), -1, -1), x], 1)
+
+    def _before(self, device: torch.device) -> Tensor:
+        """The places of the prompts, [P]."""
+        return torch.arange(self.shift - self.prepended, self.shift, device=device)
 
     def pooled(self, x: Tensor, attended: Tensor | None) -> Tensor:
         """States [B, T, C] -> what stands for the sequence, [B, C]."""
@@ -283,16 +304,3 @@ class Transformer(nn.Module):
             return x[torch.arange(len(x), device=x.device), attended.sum(1) - 1]
         count = attended[..., None].to(x.dtype)
         return (x * count).sum(1) / count.sum(1)
-
-
-def counted(x: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The states whose targets count, [n, C] and [n]: few of a masked language model's; all where they have no values.
-
-    While planning, targets have no values, and the plan is for the worst case.
-    """
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    if targets is None or isinstance(targets, FakeTensor):
-        return x, targets
-    rows = (targets.flatten() != -100).nonzero().squeeze(1)
-    return x.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows)

@@ -1,0 +1,107 @@
+# pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+"""Pipeline parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from scrimp.errors import UserError
+from scrimp.pipelined import SINGLE, Pipeline as Engine
+from scrimp.stagewise import Relay, Stages, balanced, check_model, empty, parts_of, placed, work
+from scrimp.technique import Card, Technique, at_least
+
+if TYPE_CHECKING:
+    from scrimp.run import Run
+    from scrimp.technique import Backward, Evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Technique):
+    """Ranks hold consecutive blocks, and micro-batches go from one to the next."""
+
+    card = Card(
+        paper="arXiv:1811.06965",
+        section="Parallelism",
+        saves="weights and states, to 1/ranks of them",
+        costs="idle ranks while the pipeline fills and drains: (p - 1)/(m + p - 1) of the time",
+        sets=("pipeline",),
+        replaces=("backward",),
+        axes=("pipeline",),
+        micro_batches=True,
+        phase={"wrap": "shard", "backward": "micro-batch"},
+        example={},
+        neutral={},
+    )
+    order: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = "1f1b"
+    """In which order a rank computes."""
+    micro_batches: int = 0
+    """Parts of a batch that are on their way at once; 0 for twice the stages, or the most that divide the batch."""
+    stages_per_rank: int = 0
+    """Stages that each rank holds; 0 stands for 2 with `interleaved` and `zbv`, 1 with the others."""
+    split: tuple[int, ...] = ()
+    """Blocks of each stage; empty to balance their work."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "micro_batches", "stages_per_rank")
+        if any(count < 1 for count in self.split):
+            raise UserError("each stage needs at least one block.", "split")
+        if self.order in SINGLE and self.stages_per_rank > 1:
+            raise UserError(f"{self.order} has one stage a rank.", "stages_per_rank", "Set order to interleaved.")
+        if self.order == "zbv" and self.stages_per_rank not in (0, 2):
+            raise UserError("zbv has two stages a rank.", "stages_per_rank", "Leave it out.")
+
+    @property
+    def shards(self) -> bool:
+        """Each rank holds its own blocks only."""
+        return True
+
+    def wrap(self, model: nn.Module, run: Run) -> nn.Module:
+        """Take out what other ranks run."""
+        if run.world.ranks("pipeline") == 1:
+            return model
+        where = run.where(self)
+        net = check_model(model, where)
+        stages = self._stages(net, run)
+        run.plans[self.name] = stages
+        run.elsewhere = empty(net, [stages.parts[stage] for stage in stages.of(run.world.place("pipeline"))])
+        return net
+
+    def backward(self, backward: Backward, run: Run) -> Backward:
+        """Through the stages in micro-batches; a single rank changes nothing."""
+        if run.world.ranks("pipeline") == 1:
+            return backward
+        for technique in run.order.slots["loss"]:
+            if technique.card.phase.get("loss") != "scaled":
+                what = f"the loss that `{technique.name}` computes needs the whole model, of which a rank holds a part."
+                raise UserError(what, run.where(self), f"Drop `{technique.name}`, or `pipeline`.")
+        return Engine(run, run.plans[self.name], self.order, self.micro_batches, run.where(self))
+
+    def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
+        """Hidden states are handed on, and every rank gets what the last stage says."""
+        if run.world.ranks("pipeline") == 1:
+            return evaluate
+        stages: Stages = run.plans[self.name]
+
+        def relayed(job: Callable[[nn.Module], Any]) -> Any:
+            return evaluate(lambda model: job(Relay(check_model(model, run.where(self)), stages, run.world)))
+
+        return relayed
+
+    def _stages(self, model: Any, run: Run) -> Stages:
+        """How the model is cut."""
+        ranks = run.world.ranks("pipeline")
+        each = self.stages_per_rank or (2 if self.order in ("interleaved", "zbv") else 1)
+        count, where = ranks * each, run.where(self)
+        blocks, before, behind = work(model)
+        if len(blocks) < count:
+            what = f"{len(blocks)} blocks cannot be cut into {count} stages."
+            raise UserError(what, where, "Use fewer ranks along the pipeline, or a deeper model.")
+        if self.split and (len(self.split) != count or sum(self.split) != len(blocks)):
+            what = f"split must give {count} stages {len(blocks)} blocks in all, not {list(self.split)}."
+            raise UserError(what, f"{where}.split")
+        counts = self.split or balanced(blocks, before, behind, count)
+        return Stages(parts_of(model, counts), placed(count, ranks, self.order == "zbv"))
