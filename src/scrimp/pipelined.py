@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -11,11 +10,10 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.models.parts import Part
+from scrimp.replicas import apart
 from scrimp.stagewise import Stages, cut, holders, sum_shared
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from scrimp.models.transformer import Transformer
     from scrimp.run import Run
     from scrimp.technique import Batch
@@ -136,17 +134,6 @@ class Pipeline:
             loss = torch.stack([loss.detach() for loss in losses]).sum().double()
         torch.distributed.broadcast(loss, group=self.run.world.group("pipeline"), group_src=source)
         return loss.to(torch.promote_types(getattr(torch, self.run.recipe.dtype), torch.float32))
-
-
-@contextmanager
-def apart(model: nn.Module) -> Generator[None]:
-    """Gradients that are there already are added afterwards, so that what is sent inside is not sent twice."""
-    before = {p: p.grad for p in model.parameters() if p.grad is not None}
-    for p in before:
-        p.grad = None
-    yield
-    for p, grad in before.items():
-        p.grad = grad if p.grad is None else grad.add_(p.grad)
 
 
 def micro_batches(wanted: int, size: int, stages: int, world: Any, schedule: str, where: str) -> int:

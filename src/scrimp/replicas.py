@@ -8,7 +8,8 @@ it. Each rank's loss is its part of the whole batch's sum over the whole batch's
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +39,16 @@ class Summed(nn.Module):
         return self.run.loss(self.model, batch) / count
 
 
-def summed(run: Run, bucket: float) -> Backward:
+def summed(backward: Backward, run: Run, bucket: float) -> Backward:
     """A backward that leaves on every rank the gradient of the whole batch.
 
     Args:
+        backward: what computes gradients where ranks hold stages of a pipeline: there the loss is not one pass that
+            torch could watch, and sums follow when it is through.
         bucket: megabytes of gradients that are sent together, while those of earlier layers are computed.
     """
+    if run.world.ranks("pipeline") > 1:
+        return _followed(backward, run)
     from torch.nn.parallel import DistributedDataParallel
 
     if any(isinstance(p, FakeTensor) for p in run.model.parameters()):
@@ -57,12 +62,62 @@ def summed(run: Run, bucket: float) -> Backward:
         )  # fmt: skip
     reducer.register_comm_hook(_group(run), _sum)
 
-    def backward(batch: Batch, count: Tensor) -> Tensor:
+    def reduced(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = reducer(batch, count)
         loss.backward()
         return loss.detach()
 
-    return backward
+    return reduced
+
+
+def _followed(backward: Backward, run: Run) -> Backward:
+    """A backward whose gradients are summed over the ranks that see other samples once it is through."""
+    group = _group(run)
+
+    def backward_and_sum(batch: Batch, count: Tensor) -> Tensor:
+        with apart(run.model):
+            loss = backward(batch, count)
+            _sum([p for p in run.model.parameters() if p.requires_grad], group)
+        return loss
+
+    return backward_and_sum
+
+
+def _sum(weights: Sequence[nn.Parameter], group: Any) -> None:
+    """Sum gradients over ranks; what has none on any rank gets none."""
+    held = torch.tensor([p.grad is not None for p in weights], device=weights[0].device).int()
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX, group=group)
+    moving = [p for p, some in zip(weights, held.tolist(), strict=True) if some]
+    for p in moving:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    for grads in same_kind([p.grad for p in moving if p.grad is not None]):
+        flat = torch.cat([grad.flatten() for grad in grads])
+        torch.distributed.all_reduce(flat, group=group)
+        for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+
+@contextmanager
+def apart(model: nn.Module) -> Generator[None]:
+    """Gradients that are there already are added afterwards, so that what is sent inside is not sent twice."""
+    before = {p: p.grad for p in model.parameters() if p.grad is not None}
+    for p in before:
+        p.grad = None
+    yield
+    for p, grad in before.items():
+        p.grad = grad if p.grad is None else grad.add_(p.grad)
+
+
+def same_kind(grads: Sequence[Tensor], most: int = 1 << 23) -> Iterator[list[Tensor]]:
+    """Gradients of one type at a time, so many weights that few messages go and the copy stays small."""
+    chunk: list[Tensor] = []
+    for grad in grads:
+        if chunk and (grad.dtype != chunk[0].dtype or sum(g.numel() for g in chunk) + grad.numel() > most):
+            yield chunk
+            chunk = []
+        chunk.append(grad)
+    if chunk:
+        yield chunk
 
 
 def _planned(run: Run) -> Backward:

@@ -42,7 +42,6 @@ class Replicate(Technique):
         sets=("data parallelism",),
         axes=("replica", "data"),
         phase={"backward": "summed"},
-        replaces=("backward",),
         example={},
         neutral={},
     )
@@ -55,4 +54,4 @@ class Replicate(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Gradients summed over the ranks; a single rank has nothing to sum."""
-        return backward if run.world.ranks(*SAMPLES) == 1 else summed(run, self.bucket)
+        return backward if run.world.ranks(*SAMPLES) == 1 else summed(backward, run, self.bucket)

@@ -53,7 +53,6 @@ class Zero(Technique):
         sets=("data parallelism",),
         axes=("replica", "data"),
         phase={"wrap": "shard", "optimizer": "sharded", "backward": "summed"},
-        replaces=("backward",),
         example={},
         neutral={},
     )
@@ -110,7 +109,7 @@ class Zero(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Stage 1 sums gradients as plain data parallelism does; the hooks of `fully_shard` do it otherwise."""
-        return backward if self.shards or run.world.ranks(*SAMPLES) == 1 else summed(run, self.bucket)
+        return backward if self.shards or run.world.ranks(*SAMPLES) == 1 else summed(backward, run, self.bucket)
 
     def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
         """Give weights up afterwards: without a backward pass nothing else does."""
