@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -19,7 +18,7 @@ def with_gradients(run: Run) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def perturb(parameters: Sequence[nn.Parameter], rho: float, still: Collection[int] = ()) -> list[Tensor]:
+def perturb(run: Run, parameters: Sequence[nn.Parameter], rho: float, still: Collection[int] = ()) -> list[Tensor]:
     """w <- w + rho g / (||g|| + 1e-12), and drop the gradients. ||g|| is over all parameters together.
 
     Args:
@@ -28,9 +27,9 @@ def perturb(parameters: Sequence[nn.Parameter], rho: float, still: Collection[in
     Returns:
         Copies of the weights as they were.
     """
-    if not parameters:
+    if not parameters and not run.elsewhere:
         return []
-    scale = rho / (get_total_norm([p.grad for p in parameters if p.grad is not None]) + 1e-12)
+    scale = rho / (run.norm(parameters) + 1e-12)
     copies: list[Tensor] = []
     for i, p in enumerate(parameters):
         assert p.grad is not None

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,23 +12,12 @@ from scrimp.errors import UserError
 from scrimp.models.parts import Part
 from scrimp.replicas import apart
 from scrimp.stagewise import Stages, cut, holders, sum_shared
+from scrimp.timetable import CLASSES, SINGLE
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import Transformer
     from scrimp.run import Run
     from scrimp.technique import Batch
-
-CLASSES: Final = {
-    "gpipe": "ScheduleGPipe",
-    "1f1b": "Schedule1F1B",
-    "interleaved": "ScheduleInterleaved1F1B",
-    "zero_bubble": "ScheduleInterleavedZeroBubble",
-    "zbv": "ScheduleZBVZeroBubble",
-}
-"""Our names of schedules -> torch's."""
-SINGLE: Final = ("gpipe", "1f1b")
-"""Schedules of one stage a rank."""
-
 
 class Handed(Exception):  # noqa: N818
     """A stage that is not the last has run its blocks: what the task does after the model is none of its business."""

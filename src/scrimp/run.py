@@ -7,7 +7,7 @@ is named tensors, on the host or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from scrimp.agree import configured, prepared
@@ -121,6 +122,15 @@ class Run:
     def read(self, value: Tensor, worst: float) -> float:
         """A scalar's value; `worst` while planning, when tensors have none."""
         return worst if isinstance(value, FakeTensor) else float(value)
+
+    def norm(self, weights: Iterable[nn.Parameter]) -> Tensor:
+        """The norm of the gradients of some parameters together, with those that other stages of a pipeline hold."""
+        stages, again = self.world.ranks("pipeline") > 1, set[int]()
+        if stages:
+            again = {id(p) for name, p in self.model.named_parameters() if name in self.repeated}
+        norm: Any = get_total_norm([p.grad for p in weights if p.grad is not None and id(p) not in again])
+        # No sum over a single rank: the square root of a square is not always the same number.
+        return self.world.total(norm.square(), "pipeline").sqrt() if stages else norm
 
     def set_lr(self) -> float:
         """Set every group's learning rate for the current progress; returns the largest."""

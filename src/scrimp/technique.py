@@ -113,6 +113,9 @@ class Card:
     whole: str = ""
     """Why each rank needs the whole weights for it, as a sentence; empty where its part of them suffices. Techniques
     that shard weights are refused beside it."""
+    undivided: str = ""
+    """Why all blocks must be on one rank for it, as a sentence; empty where each rank's own suffice. Techniques that
+    cut the model into stages are refused beside it."""
     alone: str = ""
     """Why it cannot go with several ranks at all, as a sentence; empty where it can."""
     micro_batches: bool = False
@@ -170,6 +173,11 @@ class Technique:
     @property
     def shards(self) -> bool:
         """Whether each rank holds only a part of the weights with its settings."""
+        return False
+
+    @property
+    def cuts(self) -> bool:
+        """Whether each rank runs only some of the blocks with its settings."""
         return False
 
     def stages(self) -> tuple[str | float, ...]:

@@ -18,7 +18,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique
@@ -56,8 +56,8 @@ class Clip(Technique):
         def clipped() -> bool:
             assert run.optimizer is not None
             held = [p for group in run.optimizer.param_groups for p in group["params"] if p.grad is not None]
-            if held:
-                clip_grads_with_norm_(held, self.norm, get_total_norm([p.grad for p in held]))
+            if held or run.elsewhere:
+                clip_grads_with_norm_(held, self.norm, run.norm(held))
             return step()
 
         return clipped

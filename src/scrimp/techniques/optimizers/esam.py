@@ -73,7 +73,7 @@ class ESAM(Technique):
             before = losses(run, batch) if self.gamma < 1 else None
             loss = backward(batch, count)
             held = list(with_gradients(run).values())
-            copies = perturb(held, self.rho / self.beta, left_out(run, len(held), self.beta))
+            copies = perturb(run, held, self.rho / self.beta, left_out(run, len(held), self.beta))
             try:
                 if before is None:
                     backward(batch, count)

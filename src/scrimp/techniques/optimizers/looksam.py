@@ -74,7 +74,7 @@ class LookSAM(Technique):
                 return loss
             keep(named, memory)
             held = list(named.values())
-            copies = perturb(held, self.rho)
+            copies = perturb(run, held, self.rho)
             try:
                 backward(batch, count)
             finally:

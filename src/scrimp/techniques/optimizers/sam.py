@@ -57,7 +57,7 @@ class SAM(Technique):
         def perturbed(batch: Batch, count: Tensor) -> Tensor:
             loss = backward(batch, count)
             held = list(with_gradients(run).values())
-            copies = perturb(held, self.rho)
+            copies = perturb(run, held, self.rho)
             try:
                 backward(batch, count)
             finally:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from scrimp.errors import UserError
-from scrimp.pipelined import SINGLE, Pipeline as Engine
+from scrimp.pipelined import Pipeline as Engine
 from scrimp.stagewise import Relay, Stages, balanced, check_model, empty, parts_of, placed, work
 from scrimp.technique import Card, Technique, at_least
+from scrimp.timetable import SINGLE
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -31,6 +32,7 @@ class Pipeline(Technique):
         sets=("pipeline",),
         replaces=("backward",),
         axes=("pipeline",),
+        refuses={"parts of a batch": "a pipeline cuts each batch into micro-batches itself."},
         micro_batches=True,
         phase={"wrap": "shard", "backward": "micro-batch"},
         example={},
@@ -57,6 +59,11 @@ class Pipeline(Technique):
     @property
     def shards(self) -> bool:
         """Each rank holds its own blocks only."""
+        return True
+
+    @property
+    def cuts(self) -> bool:
+        """Each rank runs its own blocks only."""
         return True
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:

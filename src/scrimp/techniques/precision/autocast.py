@@ -107,13 +107,14 @@ class Autocast(Technique):
 
         def unscaled() -> bool:
             held = [p for p in run.model.parameters() if p.grad is not None]
-            if not held:
+            if not (held or run.elsewhere):
                 return step()
             scale, streak = memory["scale"], memory["streak"]
             grads = [p.grad for p in held if p.grad is not None]
             for grad in grads:
                 grad.div_(scale)
-            if not math.isfinite(run.read(whole(get_total_norm(grads, math.inf)), worst=0.0)):
+            finite = math.isfinite(run.read(whole(get_total_norm(grads, math.inf)), worst=0.0))
+            if run.world.any(not finite):
                 for p in held:
                     p.grad = None
                 scale.mul_(0.5)
