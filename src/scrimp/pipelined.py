@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from scrimp.errors import UserError
 from scrimp.models.parts import Part
 from scrimp.replicas import apart
-from scrimp.stagewise import Stages, cut, holders, sum_shared
+from scrimp.stagewise import Stages, cut, sum_shared
 from scrimp.timetable import CLASSES, SINGLE
 
 if TYPE_CHECKING:
     from scrimp.models.transformer import Transformer
     from scrimp.run import Run
     from scrimp.technique import Batch
+
 
 class Handed(Exception):  # noqa: N818
     """A stage that is not the last has run its blocks: what the task does after the model is none of its business."""
@@ -68,13 +69,16 @@ class Pipeline:
     """The backward pass of a batch.
 
     Args:
+        shared: parameters that several ranks hold, and which.
         schedule: its name.
         wanted: micro-batches; 0 for twice the stages, or as many as divide the batch.
     """
 
-    def __init__(self, run: Run, stages: Stages, schedule: str, wanted: int, where: str) -> None:
-        self.run, self.stages, self.schedule, self.wanted, self.where = run, stages, schedule, wanted, where
-        self.shared = holders(run.model, run.world)
+    def __init__(
+        self, run: Run, stages: Stages, shared: dict[str, list[int]], schedule: str, wanted: int, where: str
+    ) -> None:
+        self.run, self.stages, self.shared = run, stages, shared
+        self.schedule, self.wanted, self.where = schedule, wanted, where
         self.engine: Any = None
         self.shape: tuple[int, ...] = ()
         self.count = torch.ones(())
@@ -88,7 +92,7 @@ class Pipeline:
         with apart(self.run.model):
             self.engine.step(tokens, target=tokens, losses=losses, return_outputs=False, **batch)
             sum_shared(self.run.model, self.shared, self.run.world)
-        return self._told(losses)
+        return told(losses, self.run, self.stages.ranks[-1])
 
     def _engine(self, size: int, length: int) -> Any:
         """Torch's schedule for batches of a shape: it keeps a buffer for each micro-batch."""
@@ -115,14 +119,14 @@ class Pipeline:
             input_args=tokens if part.first else states, output_args=states.sum() if part.last else states,
         )  # fmt: skip
 
-    def _told(self, losses: list[Tensor]) -> Tensor:
-        """The loss of the last stage's rank, on every rank."""
-        source = self.stages.ranks[-1]
-        loss = torch.zeros((), dtype=torch.float64, device=self.run.device)
-        if losses:
-            loss = torch.stack([loss.detach() for loss in losses]).sum().double()
-        torch.distributed.broadcast(loss, group=self.run.world.group("pipeline"), group_src=source)
-        return loss.to(torch.promote_types(getattr(torch, self.run.recipe.dtype), torch.float32))
+
+def told(losses: list[Tensor], run: Run, source: int) -> Tensor:
+    """The sum of the losses that the last stage's rank has, on every rank of the pipeline."""
+    loss = torch.zeros((), dtype=torch.float64, device=run.device)
+    if losses:
+        loss = torch.stack([loss.detach() for loss in losses]).sum().double()
+    torch.distributed.broadcast(loss, group=run.world.group("pipeline"), group_src=source)
+    return loss.to(torch.promote_types(getattr(torch, run.recipe.dtype), torch.float32))
 
 
 def micro_batches(wanted: int, size: int, stages: int, world: Any, schedule: str, where: str) -> int:

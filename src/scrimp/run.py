@@ -88,6 +88,8 @@ class Run:
     signals: list[str] = field(default_factory=list[str])
     """Reasons of techniques to end the stage after this step; the cut is recorded like any other."""
     evaluate: Evaluate | None = None
+    closing: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
+    """What techniques finish when the stage ends, on all ranks at once."""
 
     def fold(self, slot: str, value: Any) -> Any:
         """What the trainer would use -> what it shall use.
@@ -131,6 +133,11 @@ class Run:
         norm: Any = get_total_norm([p.grad for p in weights if p.grad is not None and id(p) not in again])
         # No sum over a single rank: the square root of a square is not always the same number.
         return self.world.total(norm.square(), "pipeline").sqrt() if stages else norm
+
+    def close(self) -> None:
+        """The stage ends."""
+        for job in self.closing:
+            job()
 
     def set_lr(self) -> float:
         """Set every group's learning rate for the current progress; returns the largest."""

@@ -32,7 +32,7 @@ CLASSES: Final = {
     "zbv": "ScheduleZBVZeroBubble",
 }
 """Our names of schedules -> torch's."""
-SINGLE: Final = ("gpipe", "1f1b")
+SINGLE: Final = ("gpipe", "1f1b", "2bw")
 """Schedules of one stage a rank."""
 
 

@@ -209,7 +209,12 @@ def _stages(begun: Begun, session: Session) -> Result:
             if remark not in told and session.world.first:
                 session.observe("note", {"text": f"Note: {remark}"})
         told = run.remarks
-        reason = session.ended or _stage(run, stage_end(run), session)
+        try:
+            reason = session.ended or _stage(run, stage_end(run), session)
+        except UserError:
+            run.close()
+            raise
+        run.close()
         if clock.done or reason != "finished":
             break
         begun.decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}

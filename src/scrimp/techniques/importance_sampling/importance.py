@@ -53,6 +53,7 @@ class Importance(Technique):
         micro_batches=True,
         phase={"batch": "augment", "loss": "items", "backward": "micro-batch"},
         alone="samples are chosen among all of a batch, of which each rank has a part.",
+        undivided="it asks the whole model for losses before it chooses samples.",
         example={"pool": 2, "threshold": 1.0},
         neutral={"pool": 1},
     )

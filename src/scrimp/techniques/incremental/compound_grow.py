@@ -54,6 +54,7 @@ class CompoundGrow(Technique):
         sets=("depth schedule", "width schedule", "length schedule"),
         refuses={"frozen weights": "frozen layers are as wide as they are."},
         phase={"model": "sizes", "carry": "grow", "batch": "length"},
+        undivided="it makes new blocks of old ones, which another rank may hold.",
         example={"at": (0.5,)},
         neutral={"at": ()},
     )

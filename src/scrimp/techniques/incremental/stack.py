@@ -55,6 +55,7 @@ class Stack(Technique):
         costs="a jump of the loss at each growth",
         sets=("depth schedule",),
         phase={"model": "sizes", "carry": "grow"},
+        undivided="it makes new blocks of old ones, which another rank may hold.",
         example={"at": (0.5,)},
         neutral={"at": ()},
     )

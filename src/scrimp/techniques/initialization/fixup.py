@@ -69,6 +69,7 @@ class Fixup(Technique):
         sets=("initialization", "normalization", "closed branches"),
         needs=("attention_norm", "mlp_norm", "attention_scale", "mlp_scale"),
         phase={"model": "architecture", "init": "fill", "export": "folded"},
+        undivided="it counts the model's blocks to choose their first weights, and a rank has only some of them.",
         example={"scale_lr": 0.5},
     )
     zero_head: bool = True

@@ -53,6 +53,7 @@ class TFixup(Technique):
         sets=("initialization", "normalization"),
         needs=("attention_norm", "mlp_norm", "attention_scale", "mlp_scale"),
         phase={"model": "architecture", "init": "fill"},
+        undivided="it counts the model's blocks to choose their first weights, and a rank has only some of them.",
         example={"constants": "decoder"},
     )
     constants: Literal["auto", "decoder", "encoder"] = "auto"

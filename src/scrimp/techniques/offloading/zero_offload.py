@@ -60,6 +60,7 @@ class ZeroOffload(Technique):
         phase={"carry": "rewind", "optimizer": "states", "step": "delayed"},
         emulated=("cpu",),
         whole="the host updates copies of whole weights.",
+        undivided="what it notes of gradients that wait is one list of all weights.",
         example={"delay": True, "warmup": "2 step"},
         neutral={"delay": False},
     )

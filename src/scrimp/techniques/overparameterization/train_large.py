@@ -74,6 +74,7 @@ class TrainLarge(Technique):
         },
         phase={"model": "sizes", "carry": "widen", "loss": "auxiliary", "export": "whole"},
         whole="heads and neurons are ranked by whole weights.",
+        undivided="its loss watches all blocks.",
         example={"hidden": 1.5, "heads": 2.0, "layers": 1, "until": "4 step"},
     )
     hidden: float = 2.0

@@ -11,13 +11,14 @@ from torch import nn
 
 from scrimp.errors import UserError
 from scrimp.pipelined import Pipeline as Engine
-from scrimp.stagewise import Relay, Stages, balanced, check_model, empty, parts_of, placed, work
+from scrimp.stagewise import Relay, Stages, balanced, check_model, empty, holders, parts_of, placed, work
+from scrimp.stashing import Stashed
 from scrimp.technique import Card, Technique, at_least
 from scrimp.timetable import SINGLE
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-    from scrimp.technique import Backward, Evaluate
+    from scrimp.technique import Backward, Evaluate, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Pipeline(Technique):
         example={},
         neutral={},
     )
-    order: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"] = "1f1b"
+    order: Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "2bw"] = "1f1b"
     """In which order a rank computes."""
     micro_batches: int = 0
     """Parts of a batch that are on their way at once; 0 for twice the stages, or the most that divide the batch."""
@@ -85,7 +86,12 @@ class Pipeline(Technique):
             if technique.card.phase.get("loss") != "scaled":
                 what = f"the loss that `{technique.name}` computes needs the whole model, of which a rank holds a part."
                 raise UserError(what, run.where(self), f"Drop `{technique.name}`, or `pipeline`.")
-        return Engine(run, run.plans[self.name], self.order, self.micro_batches, run.where(self))
+        shared, here = holders(run.model, run.world), run.world.place("pipeline")
+        run.repeated = frozenset(name for name, ranks in shared.items() if ranks[0] < here)
+        if self.order == "2bw":
+            self._check_beside(run)
+            return Stashed(run, run.plans[self.name], shared, run.memory(self), self.micro_batches, run.where(self))
+        return Engine(run, run.plans[self.name], shared, self.order, self.micro_batches, run.where(self))
 
     def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
         """Hidden states are handed on, and every rank gets what the last stage says."""
@@ -97,6 +103,18 @@ class Pipeline(Technique):
             return evaluate(lambda model: job(Relay(check_model(model, run.where(self)), stages, run.world)))
 
         return relayed
+
+    def _check_beside(self, run: Run) -> None:
+        """Whether others would take a gradient of the batch before for this one's."""
+        for other in run.order.slots["backward"]:
+            if other is not self and "data parallelism" not in other.card.sets:
+                what = f"`{other.name}` needs the gradient of this step's batch, and 2bw has that of the one before."
+                raise UserError(what, f"{run.where(self)}.order", f"Choose another order, or drop `{other.name}`.")
+
+    def carry(self, state: State, run: Run) -> State:
+        """With 2bw, a new stage begins with nothing that waits: its weights may have other shapes."""
+        own, fresh = f"memory.{run.order.key(self)}", run.clock.position == run.clock.begun
+        return {kind: tensors for kind, tensors in state.items() if kind != own or not fresh}
 
     def _stages(self, model: Any, run: Run) -> Stages:
         """How the model is cut."""

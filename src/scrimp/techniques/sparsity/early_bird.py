@@ -78,6 +78,7 @@ class EarlyBird(Technique):
         refuses={"frozen weights": "Its coefficients train with the weights, and rewinding begins them anew."},
         phase={"model": "sizes", "carry": "rewind", "schedule": "rounds", "loss": "auxiliary", "export": "whole"},
         whole="heads and neurons are ranked by whole weights.",
+        undivided="it compares the heads of all blocks, and its loss takes them all in.",
         example={"heads": 0.5, "every": "1 step", "until": "4 step", "distance": 0.0},
     )
     heads: float = 0.3334

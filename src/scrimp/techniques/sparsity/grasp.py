@@ -61,6 +61,7 @@ class GraSP(Technique):
             "matrix product": "rounded products cannot be differentiated twice.",
         },
         whole="masks are of whole weights.",
+        undivided="it compares the weights of all blocks to choose which to drop.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )

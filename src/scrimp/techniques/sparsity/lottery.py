@@ -74,6 +74,7 @@ class Lottery(Technique):
         },
         refuses={"frozen weights": "masks are of weights that are trained, and tuning freezes them."},
         whole="masks are of whole weights.",
+        undivided="it compares the weights of all blocks to choose which to drop.",
         example={"rounds": 2, "fraction": 0.5, "rewind": 0.25},
         neutral={"rounds": 0},
     )  # fmt: skip

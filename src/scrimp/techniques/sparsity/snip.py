@@ -53,6 +53,7 @@ class SNIP(Technique):
             "closed branches": "every weight of a branch that begins at zero has a score of 0.",
         },
         whole="masks are of whole weights.",
+        undivided="it compares the weights of all blocks to choose which to drop.",
         example={"density": 0.5},
         neutral={"density": 1.0},
     )

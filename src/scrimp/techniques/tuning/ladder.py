@@ -50,6 +50,7 @@ class Ladder(Technique):
             "width schedule": "The side's rungs are as wide as the blocks they stand on.",
         },
         phase={"model": "beside"},
+        undivided="its side network reads the states of all blocks.",
         example={"reduction": 4},
         remedies=({},),
     )

@@ -94,8 +94,8 @@ class Prompt(Technique):
 
     def init(self, model: nn.Module, run: Run) -> nn.Module:
         """First values from the embedding, where it is not loaded later."""
-        if self.start != "random":
-            net = self._reader(model, run)
+        net = self._reader(model, run)
+        if self.start != "random" and net.prompts is not None:
             with torch.no_grad():
                 put(net.prompts.weight, net.embed_scale(net.embed_project(self._rows(net.embed.weight, run))))
         return model
@@ -103,7 +103,9 @@ class Prompt(Technique):
     def carry(self, state: State, run: Run) -> State:
         """First values from the embedding that the run starts from, which has no prompts yet."""
         names = {n for n, _ in run.model.named_parameters()}
-        table = next(n for n in names if n.endswith(TABLE))
+        table = next((n for n in names if n.endswith(TABLE)), "")
+        if not table:
+            return state  # Another rank has the prompts.
         reader, given = table.removesuffix(TABLE), state.get("model", {})
         if self.start == "random" or table in given or f"{reader}embed.weight" not in given:
             return state
