@@ -79,6 +79,9 @@ class Act(Technique):
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Compression of what the chosen blocks save."""
+        if self.average and run.world.ranks("pipeline") > 1:
+            what = "sensitivities are measured with the whole model, of which a rank holds a part."
+            raise UserError(what, run.where(self, "average"), "Leave it out: all tensors get `bits`.")
         chosen = self._chosen(model, run)
         if self.average and run.clock.at(self.measure) >= run.clock.end:
             run.remarks.append(f"act keeps all tensors in {self.bits} bits: the run ends before sensitivities are "
