@@ -119,7 +119,8 @@ class Several(Optimizer):
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
         self.parts = list(parts)
-        super().__init__([group for part in parts for group in part.param_groups], {})
+        # A rank may hold nothing that is trained, and torch wants a group.
+        super().__init__([group for part in parts for group in part.param_groups] or [{"params": []}], {})
         self.param_groups = [group for part in parts for group in part.param_groups]
 
     @torch.no_grad()

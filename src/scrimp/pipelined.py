@@ -94,6 +94,10 @@ class Pipeline:
             sum_shared(self.run.model, self.shared, self.run.world)
         return told(losses, self.run, self.stages.ranks[-1])
 
+    def _mean(self, loss: Tensor, target: Tensor) -> Tensor:
+        """A micro-batch's part of the whole batch's mean loss."""
+        return loss / self.count
+
     def _engine(self, size: int, length: int) -> Any:
         """Torch's schedule for batches of a shape: it keeps a buffer for each micro-batch."""
         from torch.distributed import pipelining
@@ -103,7 +107,7 @@ class Pipeline:
                 self.stages.of(self.run.world.place("pipeline"))]  # fmt: skip
         kind = getattr(pipelining.schedules, CLASSES[self.schedule])
         single = self.schedule in SINGLE
-        return kind(made[0] if single else made, parts, loss_fn=lambda out, _: out / self.count, scale_grads=False)
+        return kind(made[0] if single else made, parts, loss_fn=self._mean, scale_grads=False)
 
     def _stage(self, stage: int, size: int, length: int) -> Any:
         from torch.distributed.pipelining import PipelineStage

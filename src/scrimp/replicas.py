@@ -77,14 +77,16 @@ def _followed(backward: Backward, run: Run) -> Backward:
     def backward_and_sum(batch: Batch, count: Tensor) -> Tensor:
         with apart(run.model):
             loss = backward(batch, count)
-            _sum([p for p in run.model.parameters() if p.requires_grad], group)
+            _sum_gradients([p for p in run.model.parameters() if p.requires_grad], group)
         return loss
 
     return backward_and_sum
 
 
-def _sum(weights: Sequence[nn.Parameter], group: Any) -> None:
-    """Sum gradients over ranks; what has none on any rank gets none."""
+def _sum_gradients(weights: Sequence[nn.Parameter], group: Any) -> None:
+    """Sum gradients over ranks that hold the same weights; what has none on any rank gets none."""
+    if not weights:
+        return
     held = torch.tensor([p.grad is not None for p in weights], device=weights[0].device).int()
     torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX, group=group)
     moving = [p for p, some in zip(weights, held.tolist(), strict=True) if some]

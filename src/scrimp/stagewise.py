@@ -182,7 +182,7 @@ class Relay(nn.Module):
                     x = self._received(owners[stage - 1])
                 with cut(self.model, part, x):
                     x = self.model(*args, **kwargs)
-                if not part.last and owners[stage + 1] != here:
+                if not part.last and owners[stage + 1] != here and x is not None:
                     self._sent(x, owners[stage + 1])
         return self._told(x, owners[-1])
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from tiny import recipe, run_of
 
 from scrimp.errors import UserError
 from scrimp.registry import technique_class
 from scrimp.stagewise import balanced, empty, parts_of, placed, work
 from scrimp.timetable import actions, drawn, idle, in_flight, timed
+from tiny import recipe, run_of
 
 
 def test_the_heaviest_stage_is_as_light_as_it_can_be():

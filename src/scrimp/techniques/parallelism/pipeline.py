@@ -1,5 +1,32 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""Pipeline parallelism."""
+"""Pipeline parallelism: ranks hold consecutive blocks, and the parts of a batch go from one to the next.
+
+    g = sum over micro-batches of grad(summed loss of the micro-batch) / count of the whole batch
+
+The gradient is that of one process with the whole batch, to float error, in every order but `2bw`: the denominator is
+the whole batch's, and dropout is keyed by sample and layer. Hidden states go forward between ranks, and their gradients
+back. With p ranks, m micro-batches and v stages a rank, orders differ in what idles and in what is kept:
+
+    order        idle share of the time      activations that rank i keeps, in micro-batches of one of its stages
+    gpipe        (p - 1) / (m + p - 1)       m
+    1f1b         (p - 1) / (m + p - 1)       min(m, p - i)
+    interleaved  (p - 1) / (v m + p - 1)     more than 1f1b's by about (p - 1) / (p v)
+    zero_bubble  less: gradients of weights, which nobody waits for, fill what would be idle
+    zbv          least: two stages a rank, there and back, so that the first rank holds the last stage as well
+    2bw          next to none, and each gradient is used one step late: W(t+1) = W(t) - lr grad f(W(t-1))
+
+Blocks are dealt out so that the heaviest stage is as light as it can be, head included; `split` overrides it. A tied
+embedding lies on the first and on the last stage, and its gradients are summed between them.
+
+Papers: Huang et al., "GPipe", arXiv 1811.06965. Narayanan et al., "PipeDream", arXiv 1806.03377 (1f1b), and
+"Memory-Efficient Pipeline-Parallel DNN Training", arXiv 2006.09503 (2bw). Narayanan et al., "Efficient Large-Scale
+Language Model Training on GPU Clusters", arXiv 2104.04473 (interleaved). Qi et al., "Zero Bubble Pipeline
+Parallelism", arXiv 2401.10241. The engine is torch's, but for 2bw.
+
+Saves: weights, gradients and states, to 1/p of theirs. Costs: idle ranks as above; buffers for the states of all
+micro-batches; with 2bw two copies of the weights. Not for: few blocks or small batches, where idling wins; losses that
+compare all items of a batch.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +56,13 @@ class Pipeline(Technique):
         paper="arXiv:1811.06965",
         section="Parallelism",
         saves="weights and states, to 1/ranks of them",
-        costs="idle ranks while the pipeline fills and drains: (p - 1)/(m + p - 1) of the time",
+        costs="ranks that idle while it fills and drains, for (p - 1)/(m + p - 1) of the time",
         sets=("pipeline",),
         replaces=("backward",),
         axes=("pipeline",),
         refuses={"parts of a batch": "a pipeline cuts each batch into micro-batches itself."},
         micro_batches=True,
-        phase={"wrap": "shard", "backward": "micro-batch"},
+        phase={"wrap": "shard", "backward": "summed"},
         example={},
         neutral={},
     )
@@ -56,11 +83,6 @@ class Pipeline(Technique):
             raise UserError(f"{self.order} has one stage a rank.", "stages_per_rank", "Set order to interleaved.")
         if self.order == "zbv" and self.stages_per_rank not in (0, 2):
             raise UserError("zbv has two stages a rank.", "stages_per_rank", "Leave it out.")
-
-    @property
-    def shards(self) -> bool:
-        """Each rank holds its own blocks only."""
-        return True
 
     @property
     def cuts(self) -> bool:
