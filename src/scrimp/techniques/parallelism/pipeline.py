@@ -38,10 +38,12 @@ from torch import nn
 
 from scrimp.errors import UserError
 from scrimp.pipelined import Pipeline as Engine
+from scrimp.stagedry import DryRelay, planned, valueless
 from scrimp.stagewise import Relay, Stages, balanced, check_model, empty, holders, parts_of, placed, work
 from scrimp.stashing import Stashed
 from scrimp.technique import Card, Technique, at_least
 from scrimp.timetable import SINGLE
+from scrimp.world import SAMPLES
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -94,6 +96,7 @@ class Pipeline(Technique):
         if run.world.ranks("pipeline") == 1:
             return model
         where = run.where(self)
+        self._check_whole(run)
         net = check_model(model, where)
         stages = self._stages(net, run)
         run.plans[self.name] = stages
@@ -108,6 +111,8 @@ class Pipeline(Technique):
             if technique.card.phase.get("loss") != "scaled":
                 what = f"the loss that `{technique.name}` computes needs the whole model, of which a rank holds a part."
                 raise UserError(what, run.where(self), f"Drop `{technique.name}`, or `pipeline`.")
+        if valueless(run.model):
+            return planned(run, run.plans[self.name], self.order, self.micro_batches, run.where(self))
         shared, here = holders(run.model, run.world), run.world.place("pipeline")
         run.repeated = frozenset(name for name, ranks in shared.items() if ranks[0] < here)
         if self.order == "2bw":
@@ -122,9 +127,20 @@ class Pipeline(Technique):
         stages: Stages = run.plans[self.name]
 
         def relayed(job: Callable[[nn.Module], Any]) -> Any:
-            return evaluate(lambda model: job(Relay(check_model(model, run.where(self)), stages, run.world)))
+            relay = DryRelay if valueless(run.model) else Relay
+            return evaluate(lambda model: job(relay(check_model(model, run.where(self)), stages, run.world)))
 
         return relayed
+
+    def _check_whole(self, run: Run) -> None:
+        """Whether others shard the weights that stages are made of, or finish gradients that this order splits."""
+        for other in run.order.techniques:
+            if other.shards and "data parallelism" in other.card.sets and run.world.ranks(*SAMPLES) > 1:
+                what = f"`{other.name}` gathers its shards for every pass, and each micro-batch is one."
+                raise UserError(what, run.where(other), "Set its `stage` to 1, or take `replicate`.")
+            if "head loss" in other.card.sets and self.order in ("zero_bubble", "zbv"):
+                what = f"`{other.name}` finishes all gradients in one pass, which {self.order} splits in two."
+                raise UserError(what, f"{run.where(self)}.order", f"Choose another order, or drop `{other.name}`.")
 
     def _check_beside(self, run: Run) -> None:
         """Whether others would take a gradient of the batch before for this one's."""
