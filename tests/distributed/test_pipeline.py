@@ -38,7 +38,7 @@ def pipeline(**settings: Any) -> Technique:
 def beside() -> dict[str, tuple[Technique, ...]]:
     """What is compared: names -> techniques beside the pipeline."""
     share = technique_class("share")(distinct=1)
-    return {"plain": (), "clip": (example("clip"), share), "sam": (example("sam"), example("adamw")),
+    return {"plain": (), "clip": (example("clip"), share), "sam": (example("sam"),),
             "prompt": (example("prompt"),)}  # fmt: skip
 
 
