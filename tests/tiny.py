@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from scrimp.registry import technique_class
 from scrimp.run import Run, build
 from scrimp.stages import new_clock
 from scrimp.technique import Technique
+from scrimp.world import ALONE
 
 
 class Stream:
@@ -125,6 +127,13 @@ def run_of(made: Recipe, **more: Any) -> Run:
     """A built run of a recipe."""
     data = made.data.open()
     return build(made, data, new_clock(made, data), **more)
+
+
+def stand_in(**fields: Any) -> Any:
+    """What a technique asks of a run, where a test has none: a single rank's."""
+    run = SimpleNamespace(world=ALONE, elsewhere=frozenset(), **fields)
+    run.norm = lambda weights: Run.norm(run, weights)  # type: ignore[arg-type]
+    return run
 
 
 def step(run: Run) -> None:

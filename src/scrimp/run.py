@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from scrimp.agree import configured, prepared

@@ -251,6 +251,9 @@ def check_model(model: nn.Module, where: str) -> Transformer:
     if not isinstance(model, Transformer):
         what = f"{type(model).__name__} cannot be cut into stages."
         raise UserError(what, where, "Use a model `transformer`, or drop `pipeline`.")
+    if model.config.head == "mlm":
+        what = "validation of `masked-lm` reads hidden states and the head apart, which lie on several ranks."
+        raise UserError(what, where, "Use another task, or drop `pipeline`.")
     if model.side is not None:
         what = "a side network reads the states of all blocks, which lie on several ranks."
         raise UserError(what, where, "Drop `pipeline`, or what adds the side network.")

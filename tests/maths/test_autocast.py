@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
 from scrimp.run import Run
-from tiny import MODEL, assert_equal, example, flat, recipe, run_of, step
+from tiny import MODEL, assert_equal, example, flat, recipe, run_of, stand_in, step
 
 
 def scale_of(run: Run) -> Tensor:
@@ -57,7 +56,7 @@ def test_a_small_gradient_survives_only_with_the_scale() -> None:
     """1e-8 is below float16's least positive number, 6e-8."""
     kept = {}
     for scale in (1.0, 65536.0):
-        run: Any = SimpleNamespace(memories={}, device=torch.device("cpu"), read=lambda t, worst: float(t))
+        run: Any = stand_in(memories={}, device=torch.device("cpu"), read=lambda t, worst: float(t))
         run.memory = lambda t, run=run: run.memories.setdefault("autocast", {})
         weight = nn.Parameter(torch.ones(()))
         run.model = nn.ParameterDict({"w": weight})

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scrimp.errors import UserError
-from tiny import example
+from tiny import example, stand_in
 
 
 def clipped(norm: float, *grads: list[float] | None) -> list[nn.Parameter]:
@@ -19,7 +19,7 @@ def clipped(norm: float, *grads: list[float] | None) -> list[nn.Parameter]:
     parameters = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in grads]
     for p, g in zip(parameters, grads, strict=True):
         p.grad = None if g is None else torch.tensor(g, dtype=torch.float64)
-    run: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"params": [p]} for p in parameters]))
+    run: Any = stand_in(optimizer=SimpleNamespace(param_groups=[{"params": [p]} for p in parameters]))
     assert example("clip", norm=norm).step(lambda: True, run)()
     return parameters
 
@@ -47,7 +47,7 @@ def test_a_norm_that_is_no_number_is_not_hidden() -> None:
 
 
 def test_no_gradients_no_clipping() -> None:
-    run: Any = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[{"params": [nn.Parameter(torch.zeros(2))]}]))
+    run: Any = stand_in(optimizer=SimpleNamespace(param_groups=[{"params": [nn.Parameter(torch.zeros(2))]}]))
     assert example("clip").step(lambda: False, run)() is False
 
 

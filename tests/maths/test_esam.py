@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.techniques.optimizers.esam import left_out, losses, steepest
-from tiny import assert_equal, example, flat, recipe, run_of, step
+from tiny import assert_equal, example, flat, recipe, run_of, stand_in, step
 from tiny_tasks import tried
 
 A = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
@@ -36,7 +36,7 @@ class Trial:
     def __init__(self, **settings: Any) -> None:
         self.model, self.counts = Rows(), list[int]()
         self.task = SimpleNamespace(count=lambda batch: torch.tensor(len(batch["s"])))
-        self.run: Any = SimpleNamespace(model=self.model, task=self.task, seed=0, clock=SimpleNamespace(step=0))
+        self.run: Any = stand_in(model=self.model, task=self.task, seed=0, clock=SimpleNamespace(step=0))
         self.run.loss = lambda model, batch: model(batch)
         self.backward = example("esam", **settings).backward(self.inner, self.run)
 
@@ -76,7 +76,7 @@ def test_perturbed_tensors_move_by_one_over_beta_and_the_others_stay() -> None:
 
 
 def test_a_tensor_is_perturbed_with_probability_beta() -> None:
-    run: Any = SimpleNamespace(seed=3, clock=SimpleNamespace(step=0))
+    run: Any = stand_in(seed=3, clock=SimpleNamespace(step=0))
     assert abs(len(left_out(run, 10000, 0.6)) - 4000) < 150
     assert not left_out(run, 10000, 1.0)
     again = left_out(run, 100, 0.6)

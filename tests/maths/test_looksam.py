@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from tiny import assert_equal, example, flat, recipe, run_of, step
+from tiny import assert_equal, example, flat, recipe, run_of, stand_in, step
 
 A = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
 
@@ -32,7 +32,7 @@ class Trial:
     def __init__(self, **settings: Any) -> None:
         self.model, self.calls, self.memory = Quadratic(), 0, dict[str, Tensor]()
         self.clock = SimpleNamespace(step=0, position=0, begun=0)
-        run: Any = SimpleNamespace(model=self.model, clock=self.clock, memory=lambda technique: self.memory)
+        run: Any = stand_in(model=self.model, clock=self.clock, memory=lambda technique: self.memory)
         self.backward = example("looksam", **settings).backward(self.inner, run)
 
     def inner(self, batch: Any, count: Any) -> Tensor:

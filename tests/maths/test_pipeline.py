@@ -69,7 +69,7 @@ def test_activations_in_flight():
 def test_a_table_shows_every_slot():
     assert drawn(timed(actions("gpipe", 2, 2))).splitlines() == [
         "F0 F1  .  .  . B0 B0 B1 B1",
-        " . F0 F1 B0 B0 B1 B1",
+        " . F0 F1 B0 B0 B1 B1  .  .",
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from tiny import example, recipe, run_of
+from tiny import example, recipe, run_of, stand_in
 
 A = torch.tensor([10.0, 1.0, 0.1], dtype=torch.float64)
 
@@ -39,7 +38,7 @@ def backward_of(model: Quadratic, calls: list[Any]) -> Callable[[Any, Any], Tens
 def test_the_quadratic_case() -> None:
     """The gradient at w + e is A (w + rho A w / |A w|), with one norm over all parameters."""
     model, calls = Quadratic(), []
-    run: Any = SimpleNamespace(model=model)
+    run: Any = stand_in(model=model)
     perturbed = example("sam", rho=0.05).backward(backward_of(model, calls), run)
     batch, count = {"x": torch.zeros(1)}, torch.tensor(1)
     loss = perturbed(batch, count)
@@ -73,7 +72,7 @@ def test_weights_come_back_when_the_second_pass_fails() -> None:
             raise KeyboardInterrupt
         return inner(batch, count)
 
-    run: Any = SimpleNamespace(model=model)
+    run: Any = stand_in(model=model)
     with pytest.raises(KeyboardInterrupt):
         example("sam").backward(fails, run)({}, torch.tensor(1))
     assert model.a.tolist() == [1.0, 1.0]
@@ -96,7 +95,7 @@ def test_a_vanishing_gradient_moves_nothing() -> None:
     with torch.no_grad():
         model.a.zero_()
         model.b.zero_()
-    run: Any = SimpleNamespace(model=model)
+    run: Any = stand_in(model=model)
     example("sam").backward(backward_of(model, calls), run)({}, torch.tensor(1))
     assert model.a.grad is not None
     assert model.a.grad.tolist() == [0.0, 0.0]

@@ -12,7 +12,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 
-from tiny import example, keep
+from tiny import example, keep, stand_in
 
 STEPS = 50
 TOLERANCE = 1e-13
@@ -60,7 +60,7 @@ def ours(name: str, base: str, **settings: Any) -> list[Tensor]:
         SimpleNamespace(step=0, position=1, begun=0),
         dict[str, Tensor](),
     )
-    run: Any = SimpleNamespace(model=model, clock=clock, memory=lambda technique: memory)
+    run: Any = stand_in(model=model, clock=clock, memory=lambda technique: memory)
     backward = example(name, **settings).backward(lambda batch, count: inner(), run)
     path: list[Tensor] = []
     for clock.step in range(STEPS):

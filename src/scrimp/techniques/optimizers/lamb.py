@@ -80,6 +80,9 @@ class LAMB(Technique):
 
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
         """The rule below over the groups."""
+        if self.clip and run.elsewhere:
+            what = "gradients are clipped by the norm of all, and a rank holds those of its own blocks only."
+            raise UserError(what, run.where(self, "clip"), "Add `clip`, which sums over ranks, and leave this at 0.")
         return lambda groups: LAMBRule(
             param_groups(groups, self.lr, self.weight_decay), self.lr, self.betas, self.eps, clip=self.clip,
             bias_correction=self.bias_correction, clamp=self.clamp, trust_clip=self.trust_clip,
