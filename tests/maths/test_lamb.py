@@ -14,6 +14,7 @@ from scrimp.errors import UserError
 from scrimp.groups import Group
 from scrimp.meter import LiveBytes
 from scrimp.techniques.optimizers.lamb import LAMB, LAMBRule
+from tiny import stand_in
 
 W = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
 """Of norm 5."""
@@ -23,7 +24,7 @@ GRADS = [torch.tensor([g], dtype=torch.float64) for g in ([0.6, -0.8], [5.0, 12.
 def trained(grads: list[Tensor] = GRADS, start: Tensor = W, **settings: Any) -> Tensor:
     """Weights after an update by each gradient."""
     w = nn.Parameter(start.clone())
-    made = LAMB(**{"lr": 0.1, **settings}).optimizer(None, None)([Group({"w": w}, 1.0, 1.0)])  # type: ignore[arg-type]
+    made = LAMB(**{"lr": 0.1, **settings}).optimizer(None, stand_in())([Group({"w": w}, 1.0, 1.0)])  # type: ignore[arg-type]
     for grad in grads:
         w.grad = grad.clone()
         made.step()
