@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from scrimp.agree import configured, prepared

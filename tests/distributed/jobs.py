@@ -108,7 +108,7 @@ def parity() -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, Any]:
-    """layout/technique -> the difference from one process, or why it is refused."""
+    """layout/technique -> the difference from one process, or why it is refused, or how it fails."""
     found: dict[str, Any] = {}
     for name in ("replicate", "zero, stage 3", "tensor", "pipeline"):
         for path in sorted(files().glob("*.pt")):
@@ -119,7 +119,10 @@ def catalogue() -> dict[str, Any]:
                 run = train(made(example(kind), *layout(name), mesh=mesh(name, 2)), save=False, force=True).run
                 found[f"{name}/{kind}"] = apart(state(run), torch.load(path))
             except UserError as error:
-                found[f"{name}/{kind}"] = str(error)
+                found[f"{name}/{kind}"] = f"refused: {error}"
+            except Exception as error:
+                # The others stand where this one does: told with the rest.
+                found[f"{name}/{kind}"] = f"{type(error).__name__}: {error}"
     return found
 
 

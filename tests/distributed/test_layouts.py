@@ -45,8 +45,8 @@ def test_every_technique_goes_with_ranks_or_says_why_not(files: Path) -> None:
     assert {key.split("/")[1] for key in found} == set(names)
     wrong = {key: told for key, told in found.items() if isinstance(told, float) and not told < 1e-11}
     assert {key.split("/")[1] for key in wrong} <= NUMBERS_DEPEND_ON_RANKS, wrong
-    refused = {key: told for key, told in found.items() if isinstance(told, str)}
-    assert all("does not go with" in told or "its loss compares" in told for told in refused.values()), refused
+    failed = {key: told for key, told in found.items() if isinstance(told, str) and not told.startswith("refused: ")}
+    assert not failed
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

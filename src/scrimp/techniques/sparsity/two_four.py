@@ -59,6 +59,7 @@ class TwoFour(Technique):
             "width schedule": "masks have the shapes of their weights, which it changes.",
         },
         emulated=("cpu",),
+        whole="masks are of whole weights.",
         example={"targets": "mlp.*", "decay": 0.01, "every": 2},
     )
     targets: str = "attention.*|mlp.*"
