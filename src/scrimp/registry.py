@@ -79,12 +79,18 @@ class Entry:
 
 
 @cache
+def points(group: str) -> tuple[EntryPoint, ...]:
+    """Entry points of a group. Reading what is installed takes milliseconds, and a run asks often."""
+    return tuple(entry_points(group=f"scrimp.{group}"))
+
+
+@cache
 def modules() -> dict[str, str | EntryPoint]:
     """name -> module of ours, or entry point of others'."""
     found: dict[str, str | EntryPoint] = {}
     for path in sorted(HERE.glob("*/[!_]*.py")):
         found[path.stem] = f"scrimp.techniques.{path.parent.name}.{path.stem}"
-    for point in entry_points(group="scrimp.techniques"):
+    for point in points("techniques"):
         found.setdefault(point.name, point)
     return found
 
@@ -93,7 +99,7 @@ def modules() -> dict[str, str | EntryPoint]:
 def taken() -> dict[str, UserError]:
     """Names that somebody's technique takes though they are taken -> what to say of it."""
     found: dict[str, UserError] = {}
-    for point in entry_points(group="scrimp.techniques"):
+    for point in points("techniques"):
         owner = modules()[point.name]
         if isinstance(owner, str) or owner != point:
             other = owner if isinstance(owner, str) else owner.value
@@ -271,21 +277,21 @@ def component(group: str, name: str, where: str) -> Any:
     Raises:
         UserError: if there is none of that name, or it is somebody's and broken.
     """
-    points = {point.name: point for point in entry_points(group=f"scrimp.{group}")}
+    others = {point.name: point for point in points(group)}
     if name in BUILT_IN[group]:
         module, _, attribute = BUILT_IN[group][name].partition(":")
         return getattr(importlib.import_module(module), attribute)
-    if name in points:
-        kind = _loaded(points[name])
+    if name in others:
+        kind = _loaded(others[name])
         if not (isinstance(kind, type) and is_dataclass(kind)):
-            raise UserError("does not name a dataclass.", _origin(points[name]), BROKEN)
+            raise UserError("does not name a dataclass.", _origin(others[name]), BROKEN)
         return kind
-    known = [*BUILT_IN[group], *points]
+    known = [*BUILT_IN[group], *others]
     raise UserError(f"there is no {group.rstrip('s')} `{name}`.", where, did_you_mean(name, known))
 
 
 def component_name(group: str, value: Any) -> str:
     """The name under which a model, task or data set is registered."""
     target = f"{type(value).__module__}:{type(value).__qualname__}"
-    names = BUILT_IN[group] | {point.name: point.value for point in entry_points(group=f"scrimp.{group}")}
+    names = BUILT_IN[group] | {point.name: point.value for point in points(group)}
     return next((name for name, known in names.items() if known == target), target)
