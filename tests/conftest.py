@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +16,12 @@ from hypothesis import settings
 settings.register_profile("scrimp", deadline=None, derandomize=True)
 settings.load_profile("scrimp")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let no later collection of garbage walk through all that was imported; trained runs make many of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -92,13 +92,18 @@ def home(*names: str) -> dict[str, Any]:
     return {"model": dict(TINY[entry].model), "data": Memory(entry), "task": TINY[entry].name or entry}
 
 
-@cache
 def at_home(*names: str) -> bool:
     """Whether the home of one of these techniques takes the others: some tasks refuse some techniques."""
     if len(homes(*names)) > 1:
         return False
+    return all(taken(host, name) for host in names if host in HOME for name in names if name != host)
+
+
+@cache
+def taken(host: str, name: str) -> bool:
+    """Whether the home of a technique takes another one."""
     try:
-        run_of(recipe(*(example(name) for name in names))) if homes(*names) else None
+        run_of(recipe(example(host), example(name)))
     except UserError:
         return False
     return True
@@ -110,6 +115,8 @@ def recipe(*techniques: Technique, **settings: Any) -> Recipe:
         techniques = (*techniques, example("sgd"))
     settings = home(*(t.name for t in techniques)) | {"batch": 4, "duration": "8 step"} | settings
     settings.setdefault("log", {"tensorboard": False})
+    # Twice; by default it would be after every step, which takes a third of the time.
+    settings.setdefault("validate", {"every": 0.5})
     settings.setdefault("sample", {"tokens": 4})
     return Recipe(techniques=techniques, **settings)
 

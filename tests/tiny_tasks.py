@@ -1,4 +1,4 @@
-"""A tiny data set and model for every task, in memory: two steps of any technique on any of them.
+"""A tiny data set and model for every task, in memory: a step of any technique on any of them.
 
 A new task joins by an entry in `TINY`: what its items hold, what a model must know of them, and the model.
 """
@@ -180,7 +180,7 @@ def recipe_for(entry: str, *names: str) -> Recipe:
 
 
 def tried(entry: str, *names: str) -> dict[str, str]:
-    """Two steps and one validation of techniques on a task.
+    """A step and a validation of techniques on a task.
 
     Returns:
         `verdict`: `trains`; `refused` with the `reason`, which a user is told; or `fails` with what was raised.
@@ -190,15 +190,14 @@ def tried(entry: str, *names: str) -> dict[str, str]:
         data = made.data.open()
         run = build(made, data, new_clock(made, data))
         assert run.backward and run.step and run.optimizer and run.evaluate
-        for _ in range(2):
-            batch = run.batch(run.clock.step)
-            run.set_lr()
-            loss = run.read(run.backward(batch, run.task.count(batch)), worst=0.0)
-            if not math.isfinite(loss):
-                return {"verdict": "fails", "reason": f"the loss is {loss}"}
-            run.step()
-            run.optimizer.zero_grad(set_to_none=True)
-            run.clock.tick(made.batch, 1)
+        batch = run.batch(run.clock.step)
+        run.set_lr()
+        loss = run.read(run.backward(batch, run.task.count(batch)), worst=0.0)
+        if not math.isfinite(loss):
+            return {"verdict": "fails", "reason": f"the loss is {loss}"}
+        run.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.clock.tick(made.batch, 1)
         held = validation_batches(run)
         score = run.evaluate(lambda model: run.task.evaluate(model, held))["loss"]
         return (
