@@ -37,7 +37,7 @@ def main() -> None:
     for entry in entries():
         for name in sorted(modules()):
             if args.only in ("", entry, name):
-                rows.append({"task": entry, "technique": name, **tried(entry, name)})
+                rows.append({"task": entry, "technique": name, **tried(entry, name, steps=2)})
                 print(line(rows[-1]), flush=True)
     verdicts = [row["verdict"] for row in rows]
     print(f"\n{len(rows)} rows: " + ", ".join(f"{verdicts.count(v)} {v}" for v in sorted(set(verdicts))))

@@ -1,4 +1,4 @@
-"""A tiny data set and model for every task, in memory: a step of any technique on any of them.
+"""A tiny data set and model for every task, in memory: steps of any technique on any of them.
 
 A new task joins by an entry in `TINY`: what its items hold, what a model must know of them, and the model.
 """
@@ -179,8 +179,8 @@ def recipe_for(entry: str, *names: str) -> Recipe:
     return recipe(*made, model=dict(tiny.model), data=Memory(entry), task=tiny.name or entry, duration="2 step")
 
 
-def tried(entry: str, *names: str) -> dict[str, str]:
-    """A step and a validation of techniques on a task.
+def tried(entry: str, *names: str, steps: int = 1) -> dict[str, str]:
+    """Steps and a validation of techniques on a task.
 
     Returns:
         `verdict`: `trains`; `refused` with the `reason`, which a user is told; or `fails` with what was raised.
@@ -190,14 +190,15 @@ def tried(entry: str, *names: str) -> dict[str, str]:
         data = made.data.open()
         run = build(made, data, new_clock(made, data))
         assert run.backward and run.step and run.optimizer and run.evaluate
-        batch = run.batch(run.clock.step)
-        run.set_lr()
-        loss = run.read(run.backward(batch, run.task.count(batch)), worst=0.0)
-        if not math.isfinite(loss):
-            return {"verdict": "fails", "reason": f"the loss is {loss}"}
-        run.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.clock.tick(made.batch, 1)
+        for _ in range(steps):
+            batch = run.batch(run.clock.step)
+            run.set_lr()
+            loss = run.read(run.backward(batch, run.task.count(batch)), worst=0.0)
+            if not math.isfinite(loss):
+                return {"verdict": "fails", "reason": f"the loss is {loss}"}
+            run.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.clock.tick(made.batch, 1)
         held = validation_batches(run)
         score = run.evaluate(lambda model: run.task.evaluate(model, held))["loss"]
         return (
