@@ -68,7 +68,8 @@ def test_a_crowd_resumes_bitwise_from_files_in_any_order(first: str, tmp_path: P
     assert back.validation == whole.validation
     cuts = checkpoint.snapshots(tmp_path / "r/checkpoints")[:-1]
     assert len(cuts) >= 2
-    for cut in cuts:
+    # Behind the first lie all the others; the middle one has all that the first half has made.
+    for cut in dict.fromkeys((cuts[0], cuts[len(cuts) // 2])):
         resumed = train(resume=cut, data=data.open(), force=True)
         assert_equal(flat(whole.run.state()), flat(resumed.run.state()))
         assert resumed.validation == whole.validation
