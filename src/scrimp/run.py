@@ -270,7 +270,7 @@ def check_ranks(run: Run) -> None:
     """
     several = run.world.ranks(*SAMPLES, "context") > 1
     for technique in run.order.techniques:
-        if technique.card.alone and several:
+        if technique.card.alone and run.world.size > 1:
             what = f"does not go with several ranks: {technique.card.alone}"
             raise UserError(what, run.where(technique), "Drop it, or train on one.")
     if several and not getattr(run.recipe.task, "decomposes", True):

@@ -60,6 +60,7 @@ class Dota(Technique):
         },
         phase={"model": "seams", "loss": "auxiliary", "export": "folded"},
         emulated=("cpu", "cuda"),
+        alone="what its detector learns from is one rank's samples.",
         example={"keep": 0.25},
         neutral={"keep": 1.0},
     )

@@ -56,6 +56,7 @@ class Elsa(Technique):
         refuses={"shared blocks": "Thresholds are those of one layer, and shared blocks are several."},
         phase={"model": "seams", "carry": "measured", "export": "folded"},
         emulated=("cpu", "cuda"),
+        alone="thresholds are calibrated on the samples of one rank.",
         example={"p": 1.0, "calibrate": 2},
         neutral={"p": 0.0},
     )

@@ -64,6 +64,7 @@ class ViTCoD(Technique):
         },
         phase={"model": "seams", "carry": "measured", "loss": "auxiliary", "export": "folded"},
         emulated=("cpu", "cuda"),
+        alone="attention is averaged over the samples of one rank.",
         example={"until": "4 step"},
         neutral={"theta": 1.0, "heads": 1.0},
     )
