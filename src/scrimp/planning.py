@@ -232,7 +232,7 @@ class DryRun:
             raise CannotPlanError(
                 f"decides by values of tensors ({error}).", where, "Read scalars by run.read."
             ) from error
-        tokens *= self.world.ranks("replica", "data", "context")
+        tokens *= self.world.ranks("replica", "data")
         count = _advance(clock, begin, end, self.recipe.batch, tokens)
         decisions = self._decided(run)
         moment, line = peak(trace)

@@ -106,8 +106,6 @@ class Mesh:
     """Share each layer."""
     pipeline: int = 1
     """Share the blocks."""
-    context: int = 1
-    """Share the tokens of a sample."""
     replica: int = 1
     """Groups of `data` ranks that each hold all weights, where `zero` shards over `data`."""
 

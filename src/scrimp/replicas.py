@@ -163,7 +163,7 @@ def _group(run: Run) -> Any:
     """The ranks that see other samples with the same weights."""
     world = run.world
     assert world.mesh is not None
-    axes = [axis for axis in (*SAMPLES, "context") if world.ranks(axis) > 1]
+    axes = [axis for axis in SAMPLES if world.ranks(axis) > 1]
     if len(axes) == 1:
         return world.group(axes[0])
     return world.mesh[tuple(axes)]._flatten("samples").get_group()  # pyright: ignore[reportPrivateUsage]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LEAST: Final = {"batch": 1, "seed": 0, "validate.batches": 0, "checkpoint.keep": 1, "stop.patience": 0,
                 "sample.tokens": 0, "sample.temperature": 0, "mesh.data": 0, "mesh.tensor": 1, "mesh.pipeline": 1,
-                "mesh.context": 1, "mesh.replica": 1}  # fmt: skip
+                "mesh.replica": 1}  # fmt: skip
 """The smallest value of numbers that have one."""
 CHOICES: Final = {"device": ("auto", "cpu", "cuda"), "dtype": ("float32", "float64", "bfloat16")}
 """The values of words that have few."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from scrimp.technique import Backward, Batch, Evaluate, Loss, State, Step
 
 SERVING: Final = {"pipeline": ("pipeline",), "replica": ("replicate", "zero"), "data": ("replicate", "zero"),
-                  "context": ("context",), "tensor": ("tensor",)}  # fmt: skip
+                  "tensor": ("tensor",)}  # fmt: skip
 """Axis of the mesh -> the techniques to propose for it."""
 
 
@@ -268,7 +268,7 @@ def check_ranks(run: Run) -> None:
     Raises:
         UserError: naming what is missing.
     """
-    several = run.world.ranks(*SAMPLES, "context") > 1
+    several = run.world.ranks(*SAMPLES) > 1
     for technique in run.order.techniques:
         if technique.card.alone and run.world.size > 1:
             what = f"does not go with several ranks: {technique.card.alone}"

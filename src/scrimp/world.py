@@ -7,7 +7,6 @@ whose ranks talk least to the one whose ranks talk most:
     pipeline    ranks hold consecutive blocks
     replica     ranks hold the same, and see different samples of a batch
     data        likewise; `zero` shards weights and states over this axis
-    context     ranks see different tokens of the same samples
     tensor      ranks hold parts of each layer, and see the same samples
 
 Torch's process groups do all the sending. Outside of `torchrun` and `scrimp launch` there is one rank, and nothing
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
     from scrimp.recipe import Mesh
 
-AXES: Final = ("pipeline", "replica", "data", "context", "tensor")
+AXES: Final = ("pipeline", "replica", "data", "tensor")
 SAMPLES: Final = ("replica", "data")
 """Axes whose ranks see different samples of a batch."""
 WAIT: Final = timedelta(minutes=10)
@@ -79,8 +78,8 @@ class World:
         return self.mesh.get_group(axis)
 
     def total(self, value: Tensor, *axes: str) -> Tensor:
-        """The sum of a tensor over the ranks of some axes (those that see other samples or tokens), in a new one."""
-        for axis in axes or (*SAMPLES, "context"):
+        """The sum of a tensor over the ranks of some axes (those that see other samples), in a new one."""
+        for axis in axes or SAMPLES:
             if self.ranks(axis) > 1:
                 value = value.clone()
                 torch.distributed.all_reduce(value, group=self.group(axis))
