@@ -22,7 +22,8 @@ def parallel() -> str:
 def parallel_memory() -> str:
     """Planned and counted bytes of a rank."""
     lines = [[row["layout"], str(row["ranks"]), f"{row['planned']:,}", f"{row['live']:,}",
-              f"{100 * (row['planned'] / row['live'] - 1):+.2f} %"] for row in rows("memory") if "live" in row]  # fmt: skip
+              f"{100 * (row['planned'] / row['live'] - 1):+.2f} %"]
+             for row in rows("memory") if "live" in row]  # fmt: skip
     return table(["layout", "ranks", "planned", "counted", "error"], lines) if lines else "Not measured yet."
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scrimp.applied import apply
     from scrimp.errors import RecipeError, UserError
     from scrimp.planning import plan
     from scrimp.recipe import Recipe
-    from scrimp.run import apply
     from scrimp.technique import Card, Technique
     from scrimp.training import train
 
@@ -26,7 +26,7 @@ __all__ = ["Card", "Recipe", "RecipeError", "Technique", "UserError", "apply", "
 
 _HOMES = {
     "Card": "technique", "Technique": "technique", "Recipe": "recipe", "RecipeError": "errors", "UserError": "errors",
-    "apply": "run", "plan": "planning", "train": "training",
+    "apply": "applied", "plan": "planning", "train": "training",
 }  # fmt: skip
 
 

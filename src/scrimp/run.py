@@ -7,10 +7,9 @@ is named tensors, on the host or on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from scrimp.agree import configured, prepared
-from scrimp.arrange import Arrangement, arrange, emulated, misfits, scope
+from scrimp.arrange import Arrangement, arrange, emulated, scope
 from scrimp.clock import Clock
 from scrimp.errors import RecipeError, UserError
+from scrimp.fits import check_needs, check_ranks
 from scrimp.groups import (
     Group,
     Multipliers,
@@ -34,17 +34,13 @@ from scrimp.groups import (
 )
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step, share
 from scrimp.sharding import follow, gradient_norm, like, mark, shape, whole
-from scrimp.technique import SLOTS, Technique
+from scrimp.technique import Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
-from scrimp.world import ALONE, AXES, SAMPLES, World
+from scrimp.world import ALONE, World
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
     from scrimp.technique import Backward, Batch, Evaluate, Loss, State, Step
-
-SERVING: Final = {"pipeline": ("pipeline",), "replica": ("replicate", "zero"), "data": ("replicate", "zero"),
-                  "tensor": ("tensor",)}  # fmt: skip
-"""Axis of the mesh -> the techniques to propose for it."""
 
 
 @dataclass
@@ -220,82 +216,11 @@ def build(
     return run
 
 
-def apply(model: nn.Module, techniques: Sequence[Technique], seed: int = 0) -> nn.Module:
-    """Techniques on somebody's own model, for somebody's own loop: the slots `model`, `wrap` and `init`.
-
-    Args:
-        model: any module with weights; it is changed in place where that suffices.
-        techniques: such as `[LoRA(rank=8), Recompute()]`; those that act in other slots are refused.
-        seed: of the weights that techniques add.
-    Raises:
-        UserError: if a technique needs the trainer, clashes with another, or hits nothing.
-    """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UserError(f"needs an nn.Module to work on, not {model!r}.", "apply", "Give the model first.")
-    for fault in misfits(techniques, "apply"):
-        raise fault
-    order = arrange(techniques)
-    for slot in [s for s in SLOTS if s not in ("model", "wrap", "init", "carry", "export", "price")]:
-        for technique in order.slots[slot]:
-            rule = slot == "optimizer" and "update rule" in technique.card.sets
-            what = f"`{technique.name}` acts in `{slot}`, which your own loop does not have."
-            fix = "Use scrimp.train" + (", or its optimizer class by itself." if rule else ".")
-            raise UserError(what, "apply", fix)
-    given: Any = SimpleNamespace(techniques=tuple(techniques), seed=seed)
-    device = next(model.parameters()).device
-    run = Run(given, order, Clock("step", 1, 1, {"step": 1.0}), None, device, seed)
-    run.base = frozenset(name for name, _ in model.named_parameters())
-    before = {id(p) for p in model.parameters()}
-    run.model = model
-    check_needs(model, run)
-    model = run.fold("model", model)
-    freeze(model, techniques)
-    initialize(model, seed, skip=before)
-    run.model = run.fold("wrap", model)
-    return run.fold("init", run.model)
-
-
 def own(state: State, elsewhere: Collection[str]) -> State:
     """What this rank holds of a state: without the tensors that belong to other ranks only."""
     if not elsewhere:
         return state
     return {kind: {n: t for n, t in tensors.items() if n not in elsewhere} for kind, tensors in state.items()}
-
-
-def check_ranks(run: Run) -> None:
-    """Whether techniques make use of every axis of the mesh.
-
-    Raises:
-        UserError: naming what is missing.
-    """
-    several = run.world.ranks(*SAMPLES) > 1
-    for technique in run.order.techniques:
-        if technique.card.alone and run.world.size > 1:
-            what = f"does not go with several ranks: {technique.card.alone}"
-            raise UserError(what, run.where(technique), "Drop it, or train on one.")
-    if several and not getattr(run.recipe.task, "decomposes", True):
-        what = "its loss compares each item with the whole batch, of which each rank has a part."
-        raise UserError(what, "task", "Train on one rank.")
-    served = {axis for t in run.order.techniques for axis in t.card.axes}
-    for axis in AXES:
-        if run.world.ranks(axis) > 1 and axis not in served:
-            names = " or ".join(f"`{name}`" for name in SERVING[axis])
-            what = f"{run.world.ranks(axis)} ranks stand along the mesh's axis `{axis}`, and no technique uses it."
-            raise UserError(what, "mesh", f"Add {names} to `techniques`.")
-
-
-def check_needs(model: nn.Module, run: Run) -> None:
-    """Whether the model offers the seams that techniques' cards name.
-
-    Raises:
-        UserError: naming the first that is missing.
-    """
-    offered = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for technique in run.order.techniques:
-        for seam in technique.card.needs:
-            if seam not in offered:
-                what = f"`{technique.name}` needs the seam `{seam}`, which {type(model).__name__} does not have."
-                raise UserError(what, run.where(technique), "Drop it, or use a model that offers the seam.")
 
 
 def device_of(recipe: Recipe) -> torch.device:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scrimp.applied import apply
 from scrimp.errors import UserError
-from scrimp.run import Run, apply
+from scrimp.run import Run
 from tiny import MODEL, assert_equal, example, recipe, run_of
 
 

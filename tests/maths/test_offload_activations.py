@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from scrimp.applied import apply
 from scrimp.disk import PAGE, Scratch
 from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
-from scrimp.run import Run, apply
+from scrimp.run import Run
 from scrimp.spill import PIECE, Spill
 from scrimp.technique import Cost
 from scrimp.techniques.offloading.offload_activations import Line, Moved, OffloadActivations

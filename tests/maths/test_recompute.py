@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scrimp.applied import apply
 from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
-from scrimp.run import Run, apply
+from scrimp.run import Run
 from scrimp.technique import Technique
 from tiny import TinyData, assert_equal, example, recipe, run_of
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from scrimp.applied import apply
 from scrimp.errors import UserError
 from scrimp.meter import flops_per_token
-from scrimp.run import apply, exported
+from scrimp.run import exported
 from scrimp.techniques.parallelism.share import Share
 from tiny import example, recipe, run_of, step
 
