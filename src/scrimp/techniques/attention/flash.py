@@ -115,8 +115,9 @@ class FlashCore(nn.Module):
             self.trace = CoreTrace("flash", whole(seen, q, k), seen)
         if self.engine == "torch":
             return attended(q, k, v, causal, mask)
-        # Tracing would unroll every tile.
-        tiled = torch.compiler.disable(self._tiled) if torch.compiler.is_compiling() else self._tiled
+        tiled: Any = self._tiled
+        if torch.compiler.is_compiling():  # which would unroll every tile
+            tiled = torch.compiler.disable(tiled)
         return tiled(q, k, v, causal, mask)
 
     def _tiled(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
