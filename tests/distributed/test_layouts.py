@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.jobs import LAYOUTS, apart, made, measured, mesh, state
+from distributed.jobs import LAYOUTS, apart, made, measured, mesh, short, state
 from distributed.ranks import together
 from scrimp.planning import plan
 from scrimp.registry import catalogue, modules
@@ -39,14 +39,17 @@ def test_each_layout_gives_the_numbers_of_one_process(files: Path, ranks: int) -
 
 def test_every_technique_goes_with_ranks_or_says_why_not(files: Path) -> None:
     names = [n for n in sorted(modules()) if not catalogue()[n].card.axes and n != "compile"]
+    (files / "catalogue").mkdir()
     for name in names:
-        torch.save(state(train(made(example(name)), save=False, force=True).run), files / f"{name}.pt")
+        torch.save(state(train(short(example(name)), save=False, force=True).run), files / f"catalogue/{name}.pt")
     found = together(2, "jobs", "catalogue")
-    assert {key.split("/")[1] for key in found} == set(names)
-    wrong = {key: told for key, told in found.items() if isinstance(told, float) and not told < 1e-11}
-    assert {key.split("/")[1] for key in wrong} <= NUMBERS_DEPEND_ON_RANKS, wrong
-    failed = {key: told for key, told in found.items() if isinstance(told, str) and not told.startswith("refused: ")}
+    assert set(found) == set(names)
+    failed = {name: told for name, told in found.items() if isinstance(told, str) and not told.startswith("refused: ")}
     assert not failed
+    wrong = {name: told for name, told in found.items() if isinstance(told, float) and not told < 1e-11}
+    assert set(wrong) <= NUMBERS_DEPEND_ON_RANKS, wrong
+    alone = {name for name, told in found.items() if isinstance(told, str)}
+    assert alone == {n for n in names if catalogue()[n].card.alone} | {"flip"}, alone
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

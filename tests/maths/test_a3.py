@@ -74,12 +74,13 @@ def test_more_steps_find_more_of_the_true_best() -> None:
 def test_keeps_candidates_of_enough_weight_and_always_one() -> None:
     q, k = drawn(2, 2, 2, 8, 4)
     q[0, 0, 0], k[0, 0] = 1.0, -k[0, 0].abs()  # no product is above 0
-    keep = Searched(A3(weight=0.1))(q, k, square(8, causal=True)) & square(8, causal=True)
-    assert keep.any(-1).all()
-    scores = (q @ k.transpose(-1, -2)) / 2
-    found = torch.where(keep, scores, -math.inf)
-    assert (found.amax(-1, keepdim=True) + math.log(0.1) <= scores)[keep].all()
-    assert not keep.masked_fill(square(8, causal=True), False).any()
+    seen = square(8, causal=True)
+    found, keep = (Searched(A3(weight=weight))(q, k, seen) & seen for weight in (0.0, 0.5))
+    assert found.any(-1).all()
+    scores = ((q @ k.transpose(-1, -2)) / 2).masked_fill(~found, -math.inf)
+    wanted = scores.exp() >= 0.5 * scores.exp().amax(-1, keepdim=True)
+    assert torch.equal(keep, wanted)
+    assert not torch.equal(keep, found)
 
 
 def test_all_keys_are_exact_attention_and_gradients_pass() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scrimp.cores import SparseCore, collected, traced
+from scrimp.cores import SparseCore, collected, sparse_cores, traced
 from scrimp.draws import generator
 from scrimp.run import exported
 from scrimp.techniques.attention.dota import Detector, Dota, rounded, ternary
@@ -100,13 +100,13 @@ def test_joins_the_task_once_with_and_without_recomputing(when: str) -> None:
     runs = [run_of(recipe(example("dota", when=when), *more)) for more in ((), (example("recompute"),))]
     for run in runs:
         step(run)
+        assert collected(sparse_cores(run.model, "dota")) is None, "a second pass leaves nothing behind"
     one, two = (dict(run.model.named_parameters()) for run in runs)
     assert all(torch.equal(p, two[n]) for n, p in one.items())
     moved = one["blocks.0.attention.core.select.queries"]
     assert not torch.equal(moved, torch.eye(moved.shape[-1]).expand_as(moved))
     run = runs[0]
     assert run.loss and run.evaluate
-    assert collected({n: m for n, m in run.model.named_modules() if isinstance(m, SparseCore)}) is None
     assert set(exported(run)) == set(run.base)
     with traced(run.model) as cores:
         run.evaluate(lambda model: run.task.loss(model, run.batch(0)))

@@ -9,6 +9,7 @@ R is a Kronecker product of three small orthogonal matrices, so that R x takes 3
 Each head's threshold t comes from `p`, on the first `calibrate` batches of training, which see all keys: of the keys
 whose weight is more than p / (number of keys), the one with the least has q k = t_q |q| max |k|, and t is the mean of
 t_q over queries and batches. It is in the checkpoint. Heads that other techniques cut or add calibrate anew.
+A head keeps all as long as none of its weights is above p / (number of keys): a p that is too large chooses nothing.
 
 Paper: Ham, Lee et al., "ELSA: Hardware-Software Co-design for Efficient, Lightweight Self-Attention Mechanism in Neural
 Networks", ISCA 2021, doi 10.1109/ISCA52012.2021.00060. The largest |k| is that of the keys that the query sees.

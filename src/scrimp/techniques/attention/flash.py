@@ -115,6 +115,12 @@ class FlashCore(nn.Module):
             self.trace = CoreTrace("flash", whole(seen, q, k), seen)
         if self.engine == "torch":
             return attended(q, k, v, causal, mask)
+        tiled: Any = self._tiled
+        if torch.compiler.is_compiling():  # which would unroll every tile
+            tiled = torch.compiler.disable(tiled)
+        return tiled(q, k, v, causal, mask)
+
+    def _tiled(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
         kind = q.device.type
         if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
             q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))

@@ -62,7 +62,7 @@ class ViTCoD(Technique):
             "tokens that are read": "Its masks are of places, and tokens that are left out move the others.",
             "width schedule": "Its masks and mixtures are of heads, which come and go.",
         },
-        phase={"model": "seams", "carry": "measured", "loss": "auxiliary", "export": "folded"},
+        phase={"model": "seams", "carry": "measured", "loss": "auxiliary", "export": "whole"},
         emulated=("cpu", "cuda"),
         alone="attention is averaged over the samples of one rank.",
         example={"until": "4 step"},
