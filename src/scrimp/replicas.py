@@ -60,11 +60,13 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
             Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False, init_sync=False,
             gradient_as_bucket_view=True, find_unused_parameters=True,
         )  # fmt: skip
-    reducer.register_comm_hook(_group(run), _sum)
+    reducer.register_comm_hook(_group(run), _mean)
+    ranks = run.world.ranks(*SAMPLES)
 
     def reduced(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = reducer(batch, count)
-        loss.backward()
+        # A mean over ranks leaves what earlier parts of the batch have summed as it is, since all ranks have the same.
+        (loss * ranks).backward()
         return loss.detach()
 
     return reduced
@@ -145,12 +147,12 @@ def _planned(run: Run) -> Backward:
     return backward
 
 
-def _sum(group, bucket):  # pyright: ignore
-    """The sum of a bucket of gradients over the ranks: torch's default is the mean, but losses are divided already.
+def _mean(group, bucket):  # pyright: ignore
+    """The mean of a bucket of gradients over the ranks, as torch's own: that one cannot be planned.
 
     Without annotations, which are texts here: torch compares them with its own class.
     """
-    buffer = bucket.buffer()
+    buffer = bucket.buffer().div_(group.size())
     sent: Any = torch.distributed.all_reduce(buffer, group=group, async_op=True)
 
     def arrived(_: Any) -> Tensor:

@@ -82,7 +82,8 @@ def compared(
     Returns:
         the loss, the variance v of a part's gradient, and the square m of the true one; float64.
     """
-    parts = len(pieces) * world.ranks(*SAMPLES)
+    ranks = world.ranks(*SAMPLES)
+    parts = len(pieces) * ranks
     total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
 
     def arrived(grad: Tensor) -> None:
@@ -94,8 +95,8 @@ def compared(
     finally:
         for hook in hooks:
             hook.remove()
-    # What arrives is a rank's own; what is left in `.grad` is summed over all.
-    total = world.total(total)
+    # What arrives is a rank's own, times the ranks (`replicas.summed`); what is left in `.grad` is the sum of all.
+    total = world.total(total) / ranks**2
     whole = torch.zeros_like(total)
     for p in weights:
         if p.grad is not None:

@@ -116,6 +116,10 @@ class Card:
     undivided: str = ""
     """Why all blocks must be on one rank for it, as a sentence; empty where each rank's own suffice. Techniques that
     cut the model into stages are refused beside it."""
+    shards: bool = False
+    """Whether each rank holds only a part of each weight; settings may decide it: see `Technique.shards`."""
+    cuts: bool = False
+    """Whether each rank runs only some of the blocks."""
     alone: str = ""
     """Why it cannot go with several ranks at all, as a sentence; empty where it can."""
     micro_batches: bool = False
@@ -172,13 +176,8 @@ class Technique:
 
     @property
     def shards(self) -> bool:
-        """Whether each rank holds only a part of the weights with its settings."""
-        return False
-
-    @property
-    def cuts(self) -> bool:
-        """Whether each rank runs only some of the blocks with its settings."""
-        return False
+        """Whether each rank holds only a part of each weight with its settings."""
+        return self.card.shards
 
     def stages(self) -> tuple[str | float, ...]:
         """Durations from the start at which the run must be rebuilt, at the latest."""

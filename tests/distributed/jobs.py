@@ -108,23 +108,18 @@ def parity() -> dict[str, Any]:
 
 
 def catalogue() -> dict[str, Any]:
-    """technique -> the difference from one process, or why it is refused, or how it fails; by the first that goes of
-    sharded weights and of replicas."""
-    return {path.stem: tried(path) for path in sorted((files() / "catalogue").glob("*.pt"))}
-
-
-def tried(path: Path) -> Any:
-    """One technique beside ranks."""
-    found: Any = ""
-    for name in ("zero, stage 3", "replicate"):
-        try:
-            run = train(short(example(path.stem), *layout(name)), save=False, force=True).run
-            return apart(state(run), torch.load(path))
-        except UserError as error:
-            found = f"refused: {error}"
-        except Exception as error:
-            # The others stand where this one does: told with the rest.
-            return f"{type(error).__name__}: {error}"
+    """layout/technique -> the difference from one process, or why it is refused, or how it fails."""
+    found: dict[str, Any] = {}
+    for name in ("replicate", "zero, stage 3"):
+        for path in sorted((files() / "catalogue").glob("*.pt")):
+            try:
+                run = train(short(example(path.stem), *layout(name)), save=False, force=True).run
+                found[f"{name}/{path.stem}"] = apart(state(run), torch.load(path))
+            except UserError as error:
+                found[f"{name}/{path.stem}"] = f"refused: {error}"
+            except Exception as error:
+                # The others stand where this one does: told with the rest.
+                found[f"{name}/{path.stem}"] = f"{type(error).__name__}: {error}"
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from scrimp.errors import RecipeError, UserError
 from scrimp.run import Run
 from scrimp.techniques.large_batch.adascale import gain
-from tiny import example, flat, recipe, run_of, step
+from tiny import example, flat, recipe, run_of, stand_in, step
 
 
 class Point(nn.Module):
@@ -28,7 +28,7 @@ class Point(nn.Module):
 def gained(steps: list[list[list[float]]], **settings: Any) -> list[float]:
     """The gain after each step; a step is a list of gradients, one for each part."""
     model, parts, memory = Point(len(steps[0][0])), len(steps[0]), dict[str, Tensor]()
-    run: Any = SimpleNamespace(
+    run: Any = stand_in(
         model=model, recipe=SimpleNamespace(batch=parts), clock=SimpleNamespace(step=0), where=lambda *_: "here",
         memory=lambda _: memory, device="cpu",
     )  # fmt: skip

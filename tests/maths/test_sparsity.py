@@ -142,7 +142,7 @@ def test_grasp_is_minus_w_times_the_hessian_times_the_gradient() -> None:
     weights, loss = net(torch.Generator().manual_seed(2))
     leaves = [nn.Parameter(w.detach()) for w in weights]
     halves = [lambda: 0.25 * loss(*leaves), lambda: 0.75 * loss(*leaves)]
-    found = torch.cat([s.flatten() for s in grasp(halves, leaves)])
+    found = torch.cat([s.flatten() for s in grasp(halves, leaves, lambda g: g)])
 
     def of_flat(flat_weights: Tensor) -> Tensor:
         return loss(flat_weights[:20].view(4, 5), flat_weights[20:].view(3, 4))
@@ -156,7 +156,7 @@ def test_grasp_is_minus_w_times_the_hessian_times_the_gradient() -> None:
 def test_grasp_is_half_of_how_much_the_squared_gradient_rises_without_a_weight() -> None:
     weights, loss = net(torch.Generator().manual_seed(3))
     leaves = [nn.Parameter(w.detach()) for w in weights]
-    score, small = grasp([lambda: loss(*leaves)], leaves)[0].flatten(), 1e-6
+    score, small = grasp([lambda: loss(*leaves)], leaves, lambda g: g)[0].flatten(), 1e-6
 
     def squared(first: Tensor) -> float:
         grads = torch.autograd.grad(loss(first, leaves[1]), [first, leaves[1]])
@@ -175,7 +175,7 @@ def test_removing_the_largest_of_grasp_keeps_more_of_the_gradient_than_removing_
     for seed in range(8):
         weights, loss = net(torch.Generator().manual_seed(seed))
         leaves = [nn.Parameter(w.detach()) for w in weights]
-        scores = {str(i): s for i, s in enumerate(grasp([lambda: loss(*leaves)], leaves))}  # noqa: B023
+        scores = {str(i): s for i, s in enumerate(grasp([lambda: loss(*leaves)], leaves, lambda g: g))}  # noqa: B023
         for largest in (True, False):
             keep = best({n: -s if largest else s for n, s in scores.items()}, 24, Pattern())
             pruned = [nn.Parameter(p.detach() * m) for p, m in zip(leaves, keep.values(), strict=True)]

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from scrimp.clock import Clock, Duration
 from scrimp.groups import Group
 from scrimp.registry import technique_class
-from tiny import example, keep, recipe, run_of, step
+from tiny import example, keep, recipe, run_of, stand_in, step
 
 Make = Callable[[list[nn.Parameter]], Optimizer]
 STEPS = 50
@@ -51,7 +51,7 @@ def ours(name: str, **settings: Any) -> Make:
         wide = {str(i): p for i, p in enumerate(params) if p.ndim > 1}
         flat = {str(i): p for i, p in enumerate(params) if p.ndim == 1}
         groups = [Group(wide, lr=1.0, decay=1.0), Group(flat, lr=0.5, decay=0.0)]
-        return technique_class(name)(**settings).optimizer(None, None)(groups)  # type: ignore[arg-type]
+        return technique_class(name)(**settings).optimizer(None, stand_in())(groups)  # type: ignore[arg-type]
 
     return make
 

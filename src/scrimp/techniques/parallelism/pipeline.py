@@ -62,6 +62,7 @@ class Pipeline(Technique):
         sets=("pipeline",),
         replaces=("backward",),
         axes=("pipeline",),
+        cuts=True,
         refuses={"parts of a batch": "a pipeline cuts each batch into micro-batches itself."},
         micro_batches=True,
         phase={"wrap": "shard", "backward": "summed"},
@@ -85,11 +86,6 @@ class Pipeline(Technique):
             raise UserError(f"{self.order} has one stage a rank.", "stages_per_rank", "Set order to interleaved.")
         if self.order == "zbv" and self.stages_per_rank not in (0, 2):
             raise UserError("zbv has two stages a rank.", "stages_per_rank", "Leave it out.")
-
-    @property
-    def cuts(self) -> bool:
-        """Each rank runs its own blocks only."""
-        return True
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Take out what other ranks run."""

@@ -49,6 +49,7 @@ class TensorParallel(Technique):
         costs="four exchanges of activations a block and step",
         sets=("tensor parallelism",),
         axes=("tensor",),
+        shards=True,
         phase={"wrap": "shard"},
         example={},
         neutral={},
@@ -57,11 +58,6 @@ class TensorParallel(Technique):
     """Share the tokens between layers too, while training."""
     vocabulary: bool = True
     """Share the vocabulary: the embedding, the head and the loss."""
-
-    @property
-    def shards(self) -> bool:
-        """Ranks hold parts of the weights."""
-        return True
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Cut the layers; a single rank has nothing to share."""

@@ -52,6 +52,7 @@ class Zero(Technique):
         costs="stage 3 sends half as much again as plain data parallelism",
         sets=("data parallelism",),
         axes=("replica", "data"),
+        shards=True,
         phase={"wrap": "shard", "optimizer": "sharded", "backward": "summed"},
         example={},
         neutral={},

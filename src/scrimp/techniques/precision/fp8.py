@@ -202,7 +202,8 @@ def product(a: Tensor, b: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor
         y = torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), one, one, out_dtype=wide)
     else:
         # Products of 8-bit numbers are exact in float32. Torch's own kernel for CPUs adds them one at a time.
-        y = a.to(wide) @ b.to(wide)
+        with torch.autocast(a.device.type, enabled=False):
+            y = a.to(wide) @ b.to(wide)
     return y.mul_(inverse.to(wide)).to(dtype)
 
 
