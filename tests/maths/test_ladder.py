@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from scrimp.applied import apply
 from scrimp.meter import LiveBytes
 from scrimp.models.generate import generate
 from scrimp.models.transformer import TransformerConfig
-from scrimp.run import apply
 from scrimp.techniques.tuning.ladder import Ladder
 from scrimp.weights import initialize
 from tiny import recipe, run_of, step

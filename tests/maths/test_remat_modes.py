@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scrimp.applied import apply
 from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
 from scrimp.remat import choose
 from scrimp.remat.chain import Piece, everything, simulate
-from scrimp.run import Run, apply
+from scrimp.run import Run
 from scrimp.technique import Technique
 from scrimp.trace import Trace
 from tiny import TinyData, assert_equal, example, recipe, run_of, step
