@@ -115,7 +115,9 @@ def curves(name: str, recipe: Recipe, place: Path, seeds: int, only: str, found:
                 scored(name, recipe, by, path, found)
             began, seed = time.perf_counter(), len(row["errors"])
             prune = technique_class("prune")(keep=kept, which=which, scores=str(path) if by in SCORES else "")
-            arm = replace(recipe, seed=seed, techniques=(*recipe.techniques, prune))
+            # Scores belong to data as they were read for them: here with a token for what is masked.
+            data = unsupervised(name, recipe, place).data if by == "prototypes" else recipe.data
+            arm = replace(recipe, seed=seed, data=data, techniques=(*recipe.techniques, prune))
             accuracy = train(arm, save=False).validation["accuracy"]
             row["errors"].append(round(1 - accuracy, 5))
             row["seconds"].append(round(time.perf_counter() - began, 2))
