@@ -13,7 +13,8 @@ al., "Muon is Scalable for LLM Training", arXiv 2502.16982.
 
 Saves: steps to a loss; one of Adam's two states of each hidden matrix. Costs: 5 iterations of three products a matrix
 and step, which do not depend on the batch: with m the smaller side they add about 3 m / tokens to the products of a
-hidden layer. Not for: small batches of tokens, fine-tuning of weights that were trained with Adam.
+hidden layer, in bfloat16, as the original has it. Not for: small batches of tokens, fine-tuning of weights that were
+trained with Adam.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Muon(Technique):
     """Decoupled decay; vectors have none."""
     others: str = "embed*|positions*|head*|*embed*|*wte*|*wpe*|lm_head*"
     """Pattern of matrices that are AdamW's too: embeddings and heads."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the iteration; bfloat16 is faster where the device has such products."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the iteration; float32 for a device without products of bfloat16, on which these are slower."""
     iterations: int = 5
     """Of the orthogonalization; fewer are cheaper and leave the singular values further from 1."""
     params: str = "*"
