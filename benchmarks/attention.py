@@ -3,11 +3,14 @@
 Two small models, one of images (digits of 8 x 8 squares, a token each) and one of text (Python's own library), are
 trained in full. Then every core that chooses pairs is put into them, at several settings, in two ways: `as it is`, on
 batches that calibrate thresholds and draw masks but change no weight, and `tuned`, with as many steps of training. Rows
-have `loss` and, of images, `accuracy` on held-out items, and `kept`, the share of the pairs seen that validation
-computed. `memory` rows have the live bytes that the forward and the backward pass of one head of 64 numbers need at
-their peak: tiled, and with the matrix of scores; they are counted on tensors without values.
+have `loss` and, of images, `accuracy` on held-out items; `kept`, the share of the pairs seen that some held-out items
+computed; and `machines`, the seconds and joules that each accelerator needs for the masks of these items. The rows of
+`all pairs` are for the same accelerators without their approximation: speed-ups are ratios to them.
 
-All go into evidence/attention.json, one by one; those that are there are not measured again. A full run takes about an
+`memory` rows have the live bytes that the forward and the backward pass of one head of 64 numbers need at their peak:
+tiled, and with the matrix of scores; they are counted on tensors without values.
+
+All go into evidence/attention.json, one by one; those that are there are not measured again. A full run takes under an
 hour on one core.
 """
 
@@ -24,6 +27,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scrimp.cores import traced
+from scrimp.machines.accelerators.architecture import Accelerator, accelerator
+from scrimp.machines.accelerators.collect import collect, held_out
+from scrimp.machines.accelerators.report import simulate
 from scrimp.meter import LiveBytes
 from scrimp.recipe import Recipe
 from scrimp.run import Run
@@ -38,6 +44,10 @@ CORES: Final[dict[str, list[dict[str, Any]]]] = {
     "dota": [{"keep": share} for share in (0.5, 0.25, 0.1, 0.05)],
     "vitcod": [{"theta": theta, "heads": 1.0} for theta in (0.9, 0.7, 0.5, 0.3)],
 }
+EXACT: Final = {"a3": "a3", "elsa": "elsa_base", "sanger": "sanger", "dota": "dota", "vitcod": "vitcod"}
+"""Technique -> its accelerator without approximation; DOTA's detector is off."""
+ITEMS: Final = 8
+"""Held-out items whose masks are counted and simulated."""
 LENGTHS: Final = (512, 1024, 2048, 4096, 8192)
 RULE: Final = {"adamw": {"lr": 2e-3, "weight_decay": 0.05}, "warmup_cosine": {"warmup": 0.1, "floor": 0.0}, "clip": {}}
 GENTLE: Final = {**RULE, "adamw": {"lr": 3e-4, "weight_decay": 0.05}}
@@ -73,16 +83,41 @@ def recipe_of(model: str, source: str, steps: int, seed: int, folder: Path, tech
     return Recipe.read(raw)
 
 
-def scores(run: Run, validation: dict[str, float]) -> dict[str, float]:
-    """The last validation's, and the share of the pairs seen that one more batch of training computes in evaluation."""
+def machines(core: dict[str, Any]) -> dict[str, Accelerator]:
+    """Technique -> its accelerator: exact where no core is given; A3 searches as many steps as the core."""
+    if not core:
+        found = {name: accelerator(exact) for name, exact in EXACT.items()}
+        return found | {"dota": with_setting(found["dota"], "detect", 0.0)}
+    approximate = {"a3": "a3_conservative", "elsa": "elsa"}
+    found = {name: accelerator(approximate.get(name, exact)) for name, exact in EXACT.items()}
+    if "a3" in core:
+        found["a3"] = with_setting(found["a3"], "iterations", core["a3"]["steps"])
+    return found
+
+
+def with_setting(machine: Accelerator, name: str, value: float) -> Accelerator:
+    """A machine with another number."""
+    return machine.model_copy(update={"settings": {**machine.settings, name: value}})
+
+
+def scores(run: Run, validation: dict[str, float], core: dict[str, Any]) -> dict[str, Any]:
+    """The last validation's, the share of the pairs seen that held-out items compute, and what machines need for it."""
     assert run.evaluate is not None
+    items = list(held_out(run, ITEMS))
+    computed = seen = 0
     with traced(run.model) as cores:
-        run.evaluate(lambda model: run.task.loss(model, run.batch(0)))
-    traces = [core.trace for core in cores.values()]
-    share = 1.0
-    if traces:
-        share = sum(int(t.mask.sum()) for t in traces) / sum(int(t.seen.expand_as(t.mask).sum()) for t in traces)
-    return {**validation, "kept": round(share, 5)}
+        for item in items:
+            run.evaluate(lambda model, batch=item: run.task.loss(model, batch))
+            masks = [each.trace for each in cores.values()]
+            computed += sum(int(t.mask.sum()) for t in masks)
+            seen += sum(int(t.seen.expand_as(t.mask).sum()) for t in masks)
+    traces = collect(run, items)
+    reports = {name: simulate(traces, machine) for name, machine in machines(core).items()}
+    needed = {
+        name: {"seconds": each.seconds, "joules": each.joules_by_events, "joules_by_power": each.joules_by_power}
+        for name, each in reports.items()
+    }
+    return {**validation, "kept": round(computed / seen, 5) if seen else 1.0, "machines": needed}
 
 
 def rows_of(model: str, source: str, given: argparse.Namespace, seed: int, folder: Path) -> None:
@@ -98,7 +133,7 @@ def rows_of(model: str, source: str, given: argparse.Namespace, seed: int, folde
     def row(rule: dict[str, Any], core: dict[str, Any]) -> dict[str, Any]:
         recipe = recipe_of(model, source, given.tune, seed + 1000, folder, {**rule, **core})
         result = train(recipe, start=trained(), save=False, force=True)
-        return scores(result.run, result.validation)
+        return scores(result.run, result.validation, core)
 
     for way, rule in (("as it is", STILL), ("tuned", GENTLE)):
         place = f"{given.steps}+{given.tune}/{seed}"

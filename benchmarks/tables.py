@@ -344,7 +344,8 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     **{name: partial(other, "tables_computation", name.replace("-", "_"))
        for name in ("computation", "optimizers", "deep", "sparsity", "slimming", "growth", "autoprog", "together",
                     "token-masking")},
-    **{name: partial(other, "tables_attention", name.replace("-", "_")) for name in ("attention", "attention-memory")},
+    **{name: partial(other, "tables_attention", name.replace("-", "_"))
+       for name in ("attention", "attention-chart", "attention-machines", "attention-memory")},
     **{name: partial(other, "tables_memory", name) for name in ("memory", "largest", "offloading")},
     **{name: partial(other, "tables_sparse", name.replace("-", "_")) for name in ("spgemm", "two-four")},
     **{name: partial(other, "tables_machines", name) for name in ("machines", "accelerators")},
