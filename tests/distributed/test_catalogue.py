@@ -23,8 +23,8 @@ ROUNDED = {"act", "fp8", "int8"}
 SIGNS = {"lion"}
 """Takes the sign of gradients that are zero but for rounding, as those of biases of keys."""
 BUILT: dict[str, set[str]] = {
-    "replicate": {"flip"},
-    "zero, stage 3": {"flip"},
+    "replicate": set(),
+    "zero, stage 3": set(),
     "tensor": {"compacter", "expand", "fixup", "fp8", "ia3", "ladder", "prefix", "ssf", "token_drop"},
     "pipeline": {"act", "flip", "mae", "mass", "vpt"},
 }

@@ -1,10 +1,13 @@
-"""What ranks do in tests of validation: short runs of every task, whose scores are told."""
+"""What ranks do in tests of tasks: short runs of every one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from distributed.jobs import apart, files, state
 from scrimp.recipe import Recipe
 from scrimp.registry import technique_class
 from scrimp.stages import validation_batches
@@ -13,6 +16,7 @@ from tiny import recipe
 from tiny_tasks import TINY, Items, Memory
 
 TASKS = ("causal-lm", "masked-lm", "classify", "regress", "seq2seq", "denoise", "masked-image", "fragment")
+COMPARING = ("contrastive", "embed")
 LAYOUTS = {"replicate": {}, "zero": {"stage": 3}}
 
 
@@ -40,6 +44,17 @@ def made(task: str, *beside: str) -> Recipe:
     return recipe(technique_class("sgd")(lr=0.01), *techniques, model=dict(TINY[task].model), data=Odd(task), task=task,
                   dtype="float64", duration="1 step", sample={"tokens": 0},
                   validate={"every": "1 step", "batches": 9})  # fmt: skip
+
+
+def compared() -> dict[str, Any]:
+    """task/layout -> how far its weights and its scores are from one process's, for losses that compare all items."""
+    found: dict[str, Any] = {}
+    for task in COMPARING:
+        wanted = torch.load(files() / f"{task}.pt")
+        for layout in LAYOUTS:
+            result = train(made(task, layout), save=False, force=True)
+            found[f"{task}/{layout}"] = [apart(state(result.run), wanted), result.validation]
+    return found
 
 
 def everything() -> dict[str, Any]:
