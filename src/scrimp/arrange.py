@@ -108,8 +108,9 @@ def clash(a: Technique, b: Technique) -> str:
     for one, other in ((a, b), (b, a)):
         for thing in sorted(set(one.card.refuses) & things(other.card)):
             return f"`{one.name}` does not go with `{other.name}`: {one.card.refuses[thing]} Drop one of them."
-        if one.shards and other.card.whole:
-            return f"`{other.name}` does not go with `{one.name}`: {other.card.whole} Drop one of them."
+        reason = other.card.whole or ("data" in one.card.axes and other.card.held)
+        if one.shards and reason:
+            return f"`{other.name}` does not go with `{one.name}`: {reason} Drop one of them."
         if one.card.cuts and other.card.undivided:
             return f"`{other.name}` does not go with `{one.name}`: {other.card.undivided} Drop one of them."
     both = sorted(set(a.card.replaces) & set(b.card.replaces))

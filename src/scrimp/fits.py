@@ -29,7 +29,8 @@ def check_ranks(run: Run) -> None:
         if technique.card.alone and run.world.size > 1:
             what = f"does not go with several ranks: {technique.card.alone}"
             raise UserError(what, run.where(technique), "Drop it, or train on one.")
-    if several and not getattr(run.recipe.task, "decomposes", True):
+    task = run.recipe.task
+    if several and not (getattr(task, "decomposes", True) or getattr(task, "gathers", False)):
         what = "its loss compares each item with the whole batch, of which each rank has a part."
         raise UserError(what, "task", "Train on one rank.")
     served = {axis for t in run.order.techniques for axis in t.card.axes}

@@ -44,7 +44,7 @@ class Exchange(torch.autograd.Function):
 
 @dataclass(eq=False)
 class Ranks:
-    """The ranks that share layers."""
+    """The ranks that share layers, or a batch."""
 
     group: Any
     count: int
@@ -81,9 +81,9 @@ class Ranks:
         """This rank's part of what all ranks have."""
         return x.chunk(self.count, dim)[self.place].contiguous()
 
-    def scatter(self, x: Tensor) -> Tensor:
-        """This rank's tokens of the sum over ranks."""
-        parts = [part.contiguous() for part in x.chunk(self.count, TOKENS)]
+    def scatter(self, x: Tensor, dim: int = TOKENS) -> Tensor:
+        """This rank's part of the sum over ranks."""
+        parts = [part.contiguous() for part in x.chunk(self.count, dim)]
         found = torch.empty_like(parts[0])
         dist.reduce_scatter(found, parts, group=self.group)
         return found
@@ -95,6 +95,10 @@ class Ranks:
     def summed(self, x: Tensor) -> Tensor:
         """The sum of the ranks' parts, each of which gets its gradient."""
         return exchanged(x, self.sum, self.same)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows of all ranks, of which each rank then makes something of its own."""
+        return exchanged(x, lambda part: self.gather(part, 0), lambda grad: self.scatter(grad, 0))
 
     def beside(self, x: Tensor, dim: int) -> Tensor:
         """All ranks' parts side by side, of which all ranks then make the same."""

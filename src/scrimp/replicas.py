@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from scrimp.world import SAMPLES, World
+from scrimp.world import SAMPLES, World, samples_group
 
 if TYPE_CHECKING:
     from scrimp.groups import Group
@@ -57,10 +57,10 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
         # Its successor cannot be told to leave buffers alone, which are the same on all ranks by construction.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         reducer = DistributedDataParallel(
-            Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False, init_sync=False,
-            gradient_as_bucket_view=True, find_unused_parameters=True,
+            Summed(run), process_group=samples_group(run.world), bucket_cap_mb=bucket, broadcast_buffers=False,
+            init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True,
         )  # fmt: skip
-    reducer.register_comm_hook(_group(run), _mean)
+    reducer.register_comm_hook(samples_group(run.world), _mean)
     ranks = run.world.ranks(*SAMPLES)
 
     def reduced(batch: Batch, count: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
 
 def _followed(backward: Backward, run: Run) -> Backward:
     """A backward whose gradients are summed over the ranks that see other samples once it is through."""
-    group = _group(run)
+    group = samples_group(run.world)
 
     def backward_and_sum(batch: Batch, count: Tensor) -> Tensor:
         with apart(run.model):
@@ -135,7 +135,7 @@ def _planned(run: Run) -> Backward:
 
     for p in held:
         p.register_post_accumulate_grad_hook(arrive)
-    job, group = Summed(run), _group(run)
+    job, group = Summed(run), samples_group(run.world)
 
     def backward(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = job(batch, count)
@@ -159,16 +159,6 @@ def _mean(group, bucket):  # pyright: ignore
         return buffer
 
     return sent.get_future().then(arrived)
-
-
-def _group(run: Run) -> Any:
-    """The ranks that see other samples with the same weights."""
-    world = run.world
-    assert world.mesh is not None
-    axes = [axis for axis in SAMPLES if world.ranks(axis) > 1]
-    if len(axes) == 1:
-        return world.group(axes[0])
-    return world.mesh[tuple(axes)]._flatten("samples").get_group()  # pyright: ignore[reportPrivateUsage]
 
 
 class Owned(Optimizer):

@@ -32,6 +32,7 @@ from scrimp.groups import (
     partition,
     trainable,
 )
+from scrimp.peers import among
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step, share
 from scrimp.sharding import follow, gradient_norm, like, mark, shape, whole
 from scrimp.technique import Technique
@@ -184,7 +185,7 @@ def build(
     """
     run = Run(recipe, order or arrange(recipe.techniques), clock, data, device_of(recipe), recipe.seed, world)
     check_ranks(run)
-    run.decisions, run.task = dict(decisions or {}), prepared(recipe, data)
+    run.decisions, run.task = dict(decisions or {}), among(prepared(recipe, data), world)
     run.remarks += emulated({t.name: t.card for t in recipe.techniques}, run.device.type)
     with on_meta(getattr(torch, recipe.dtype)):
         config = configured(recipe, data)

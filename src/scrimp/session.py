@@ -21,6 +21,8 @@ from scrimp.models.generate import written
 from scrimp.restore import fingerprint
 from scrimp.run import Run
 from scrimp.sharding import whole
+from scrimp.stages import shared
+from scrimp.tasks.sums import evaluated
 from scrimp.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -102,8 +104,7 @@ def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) ->
 
 def measure(run: Run, session: Session) -> bool:
     """Validate; returns whether the run shall stop for want of progress."""
-    assert run.evaluate is not None
-    scores: dict[str, float] = run.evaluate(lambda model: run.task.evaluate(model, session.validation))
+    scores = _scores(run, session)
     session.latest = scores
     if session.folder is not None:
         session.folder.write({"step": run.clock.step, "tokens": run.clock.tok}
@@ -114,6 +115,15 @@ def measure(run: Run, session: Session) -> bool:
     if better and run.recipe.checkpoint.best:
         snapshot(run, session, "best")
     return 0 < run.recipe.stop.patience <= session.worse
+
+
+def _scores(run: Run, session: Session) -> dict[str, float]:
+    """Of the validation set; ranks that have parts of it add them up."""
+    task, batches = run.task, session.validation
+    assert run.evaluate is not None
+    if shared(run):
+        return run.evaluate(lambda model: evaluated(task, model, batches, run.world.total))
+    return run.evaluate(lambda model: task.evaluate(model, batches))
 
 
 def record(run: Run, session: Session, fields: dict[str, Any]) -> None:

@@ -132,7 +132,7 @@ def like(own: Any, values: Tensor) -> Tensor:
         return values.to(own.device, copy=True)
     local = _part(own, values)
     if not sharded(own):
-        return local.to(own.device, copy=True)
+        return follow(local.to(own.device, copy=True), own)
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(local.clone(), own.device_mesh, own.placements, shape=own.shape, stride=own.stride())

@@ -11,13 +11,14 @@ Both are unbiased, so that a single value may be negative.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.sharding import cut_of
 from scrimp.world import ALONE, SAMPLES, World
 
 if TYPE_CHECKING:
@@ -84,12 +85,19 @@ def compared(
     """
     ranks = world.ranks(*SAMPLES)
     parts = len(pieces) * ranks
-    total = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+    cut = next((c for p in weights if (c := cut_of(p)) is not None), None)
+    # Of weights that this rank has whole, and of its parts of others.
+    total = torch.zeros(2, dtype=torch.float64, device=weights[0].device)
 
-    def arrived(grad: Tensor) -> None:
-        total.add_(square(grad))
+    def watched(p: nn.Parameter) -> Callable[[Tensor], None]:
+        own = total[int(cut_of(p) is not None)]
 
-    hooks = [p.register_hook(arrived) for p in weights]
+        def arrived(grad: Tensor) -> None:
+            own.add_(square(grad))
+
+        return arrived
+
+    hooks = [p.register_hook(watched(p)) for p in weights]
     try:
         loss = accumulated(backward, pieces, count)
     finally:
@@ -100,9 +108,10 @@ def compared(
     whole = torch.zeros_like(total)
     for p in weights:
         if p.grad is not None:
-            whole += square(p.grad)
-    variance = parts / (parts - 1) * (parts * total - whole)
-    return loss, variance, whole - variance / parts
+            whole[int(cut_of(p) is not None)] += square(p.grad)
+    each, mean = (s[0] + (s[1] if cut is None else cut.sum(s[1])) for s in (total, whole))
+    variance = parts / (parts - 1) * (parts * each - mean)
+    return loss, variance, mean - variance / parts
 
 
 @torch.no_grad()

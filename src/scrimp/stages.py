@@ -11,6 +11,8 @@ from scrimp.agree import configured
 from scrimp.clock import Clock, Duration
 from scrimp.plain import to_device
 from scrimp.run import Run
+from scrimp.tasks.sums import shareable
+from scrimp.world import SAMPLES
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
@@ -32,10 +34,32 @@ def stage_end(run: Run) -> int:
 
 
 def validation_batches(run: Run) -> list[Batch]:
-    """The fixed validation set: the first windows of the held-out documents; none if the run is never validated."""
+    """The fixed validation set: the first windows of the held-out documents; none if the run is never validated.
+
+    Ranks that see different samples each get a part, if the task adds up what they find.
+    """
     if not Duration.parse(run.recipe.validate.every).value:
         return []
-    size, held = run.recipe.batch, run.data.validation
-    count = min(run.recipe.validate.batches * size, len(held))
-    spans = [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
+    size, held, count = run.recipe.batch, run.data.validation, _items(run)
+    spans = (
+        _own(count, size, run) if shared(run) else [np.arange(i, min(i + size, count)) for i in range(0, count, size)]
+    )
     return [to_device(run.task.batch(held.read(ids), ids), run.device) for ids in spans]
+
+
+def shared(run: Run) -> bool:
+    """Whether each rank has a part of the validation set, and not all of it."""
+    ranks = run.world.ranks(*SAMPLES)
+    return 1 < ranks <= _items(run) and shareable(run.task)
+
+
+def _items(run: Run) -> int:
+    return min(run.recipe.validate.batches * run.recipe.batch, len(run.data.validation))
+
+
+def _own(count: int, size: int, run: Run) -> list[np.ndarray]:
+    """This rank's part of so many items, in batches."""
+    ranks, place = run.world.ranks(*SAMPLES), run.world.place(*SAMPLES)
+    # As many on each rank, none of them empty: a pass of sharded weights needs all ranks.
+    batches = min(-(-count // size), count // ranks)
+    return np.array_split(np.arange(place * count // ranks, (place + 1) * count // ranks), batches)

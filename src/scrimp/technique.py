@@ -113,6 +113,9 @@ class Card:
     whole: str = ""
     """Why each rank needs the whole weights for it, as a sentence; empty where its part of them suffices. Techniques
     that shard weights are refused beside it."""
+    held: str = ""
+    """Why a rank must hold what it has of the weights all the time for it, as a sentence; techniques that shard them
+    over the axis `data`, and gather them for a pass, are refused beside it."""
     undivided: str = ""
     """Why all blocks must be on one rank for it, as a sentence; empty where each rank's own suffice. Techniques that
     cut the model into stages are refused beside it."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scrimp.disk import PAGE, Extent, Imagined, Scratch, aligned, extent_of, fetch
+from scrimp.sharding import follow
 
 SLOTS: Final = 3
 """Sets of buffers: one is read, one updated, one written."""
@@ -162,6 +163,7 @@ def update(piece: Piece, given: dict[str, Tensor], rule: Optimizer, step: Callab
     """One step of the rule on one piece, as if it were a parameter of its own."""
     assert piece.p.grad is not None
     part = nn.Parameter(piece.of(piece.p.detach()), requires_grad=False)
+    follow(part, piece.p)
     part.grad = piece.of(piece.p.grad)
     scalars = {moment: value.clone() for moment, value in piece.scalars.items()}
     on_device = {moment: value.to(piece.p.device) for moment, value in given.items()}

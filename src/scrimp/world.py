@@ -114,6 +114,15 @@ class World:
 ALONE: Final = World()
 
 
+def samples_group(world: World) -> Any:
+    """The process group of the ranks that see other samples with the same weights, in order of their samples."""
+    assert world.mesh is not None
+    axes = [axis for axis in SAMPLES if world.ranks(axis) > 1]
+    if len(axes) == 1:
+        return world.group(axes[0])
+    return world.mesh[tuple(axes)]._flatten("samples").get_group()  # pyright: ignore[reportPrivateUsage]
+
+
 @contextmanager
 def joined() -> Generator[None]:
     """The process group of the ranks that `torchrun` or `scrimp launch` started; nothing for a single process.

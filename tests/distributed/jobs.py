@@ -6,8 +6,10 @@ References are computed by the test in one process and handed over in a file nam
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,13 +18,13 @@ from torch import Tensor
 from scrimp.errors import UserError
 from scrimp.meter import LiveBytes
 from scrimp.recipe import Recipe
-from scrimp.registry import modules, technique_class
+from scrimp.registry import technique_class
 from scrimp.run import Run
 from scrimp.sharding import whole
+from scrimp.techniques.offloading import zero_offload
 from scrimp.training import train
-from tiny import TinyData, example, recipe
+from tiny import HOME, TinyData, example, recipe
 
-AXES = {axis for name in modules() for axis in technique_class(name).card.axes}
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "replicate": {"replicate": {}},
     "zero, stage 1": {"zero": {"stage": 1}},
@@ -96,6 +98,13 @@ def apart(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max(told)
 
 
+def names_of_all(mine: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that any rank has."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, list(mine))
+    return {name for names in told for name in names}
+
+
 def parity() -> dict[str, Any]:
     """layout -> difference of weights and moments from one process, and the validation."""
     wanted = torch.load(files() / "alone.pt")
@@ -107,25 +116,79 @@ def parity() -> dict[str, Any]:
     return found
 
 
-def catalogue() -> dict[str, Any]:
-    """layout/technique -> the difference from one process, or why it is refused, or how it fails."""
+def catalogue(name: str) -> dict[str, Any]:
+    """technique -> the difference from one process in this layout, or why it is refused, or how it fails.
+
+    Who is told to keep the tokens between layers whole does so, and is tried again.
+    """
     found: dict[str, Any] = {}
-    for name in ("replicate", "zero, stage 3"):
-        for path in sorted((files() / "catalogue").glob("*.pt")):
-            try:
-                run = train(short(example(path.stem), *layout(name)), save=False, force=True).run
-                found[f"{name}/{path.stem}"] = apart(state(run), torch.load(path))
-            except UserError as error:
-                found[f"{name}/{path.stem}"] = f"refused: {error}"
-            except Exception as error:
-                # The others stand where this one does: told with the rest.
-                found[f"{name}/{path.stem}"] = f"{type(error).__name__}: {error}"
+    for technique, wanted in torch.load(files() / "catalogue.pt").items():
+        found[technique] = tried(technique, layout(name), mesh(name, dist.get_world_size()), wanted)
+        if "Set `sequence: false`." in str(found[technique]):
+            found[f"{technique}, whole tokens"] = tried(
+                technique, [technique_class("tensor")(sequence=False)], mesh(name, 2), wanted
+            )
     return found
 
 
-def short(*techniques: Any) -> Recipe:
-    """A recipe of few steps."""
-    return made(*techniques, duration="2 step", validate={"every": 0})
+def tried(technique: str, beside: list[Any], axes: Any, wanted: dict[str, Tensor]) -> float | str:
+    """The largest relative difference of any tensor, or what was said instead."""
+    events: list[str] = []
+    try:
+        run = train(short(technique, *beside, mesh=axes), save=False, force=True,
+                    observe=lambda event, fields: events.append(event)).run  # fmt: skip
+    except UserError as error:
+        return f"refused: {error}" if "stage" not in events else f"refused when it ran: {error}"
+    except Exception as error:
+        # The others stand where this one does: told with the rest.
+        return f"{type(error).__name__}: {error}"
+    mine = state(run)
+    held = names_of_all(mine)
+    return apart(mine, wanted) if held == set(wanted) else f"names differ: {sorted(held ^ set(wanted))[:4]}"
+
+
+def short(name: str, *beside: Any, **settings: Any) -> Recipe:
+    """Two steps of a technique on a small model of tokens, or of what it is for."""
+    own = {} if name in HOME else {"model": {"layers": DEEP.get(name, 2), "width": 32, "heads": 4, "dropout": 0.1}}
+    given = {"duration": "2 step", "validate": {"every": 0}} | own | settings
+    return made(example(name), *beside, **given)
+
+
+DEEP = {"share": 4, "token_drop": 4}
+"""Techniques that need more blocks than two."""
+
+
+CROWDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "sharded": ("zero, stage 3", ("lamb", "lora", "clip", "accumulate", "sam", "recompute", "warmup_cosine", "sanger",
+                                  "length_warmup", "layer_drop")),
+    "cut": ("tensor", ("muon", "lora", "clip", "adascale", "ema", "recompute", "warmup_linear", "sanger",
+                       "length_warmup", "layer_drop")),
+    "cut, states on disk": ("tensor", ("lars", "offload_states", "noise_scale", "autocast", "autoprog")),
+    "cut, updates on the host": ("tensor", ("lamb", "zero_offload", "clip", "linear_scaling", "stack")),
+    "stages": ("pipeline", ("adamw", "lora", "clip", "ema", "recompute", "wsd", "sanger", "length_warmup", "layer_drop",
+                            "sam")),
+}  # fmt: skip
+"""Name -> layout and techniques that train together."""
+
+
+def crowd(name: str) -> Recipe:
+    """Many techniques at once, without a layout."""
+    model = {"layers": 4, "width": 32, "heads": 4, "dropout": 0.1}
+    return made(*map(example, CROWDS[name][1]), model=model, duration="4 step", validate={"every": 0})
+
+
+def crowds() -> dict[str, float]:
+    """crowd -> the difference from one process in its layout."""
+    found: dict[str, float] = {}
+    for name, wanted in torch.load(files() / "crowds.pt").items():
+        chosen, alone = CROWDS[name][0], crowd(name)
+        both = replace(alone, techniques=(*alone.techniques, *layout(chosen)), mesh=mesh(chosen, 2))
+        # Weights of this machine are where the host updates them, and need no copies: those of a GPU do.
+        with patch.object(zero_offload, "at_home", lambda p: False):
+            mine = state(train(both, save=False, force=True).run)
+        assert names_of_all(mine) >= set(wanted), name
+        found[name] = apart(mine, wanted)
+    return found
 
 
 def live() -> dict[str, int]:

@@ -2,7 +2,7 @@
 
     found = together(2, "parity", "layouts")    # runs layouts() of parity.py on two ranks
 
-A job is a function of a module in this folder that takes nothing and returns JSON on the first rank. What any rank
+A job is a function of a module in this folder that takes texts and returns JSON on the first rank. What any rank
 raises is raised here, with the rank's name.
 """
 
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 
-def together(ranks: int, module: str, job: str, seconds: int = 240) -> Any:
-    """What a job returns on the first of so many ranks."""
+def together(ranks: int, module: str, job: str, *given: str, seconds: int = 240) -> Any:
+    """What a job returns on the first of so many ranks; it takes what is given."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -30,7 +30,7 @@ def together(ranks: int, module: str, job: str, seconds: int = 240) -> Any:
            "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])}  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, __file__, module, job, str(rank), str(ranks)],
+            [sys.executable, __file__, module, job, str(rank), str(ranks), *given],
             env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)
@@ -47,7 +47,7 @@ def together(ranks: int, module: str, job: str, seconds: int = 240) -> Any:
     return json.loads(told[0][0].splitlines()[-1])
 
 
-def main(module: str, job: str, rank: int, ranks: int) -> None:
+def main(module: str, job: str, rank: int, ranks: int, *given: str) -> None:
     """One rank."""
     import torch
     import torch.distributed as dist
@@ -55,7 +55,7 @@ def main(module: str, job: str, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
     try:
-        found = getattr(importlib.import_module(module), job)()
+        found = getattr(importlib.import_module(module), job)(*given)
         dist.barrier()
     except BaseException:
         traceback.print_exc()
@@ -66,4 +66,4 @@ def main(module: str, job: str, rank: int, ranks: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])

@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed.jobs import LAYOUTS, apart, made, measured, mesh, short, state
+from distributed.jobs import LAYOUTS, apart, made, measured, mesh, state
 from distributed.ranks import together
 from scrimp.planning import plan
-from scrimp.registry import catalogue, modules
 from scrimp.training import train
 from tiny import example
-
-NUMBERS_DEPEND_ON_RANKS = {"act", "int8", "fp8", "lion"}
-"""Those that round by the largest value of a rank's own samples, and the sign of gradients that are zero but for
-rounding."""
 
 
 @pytest.fixture
@@ -36,22 +31,6 @@ def test_each_layout_gives_the_numbers_of_one_process(files: Path, ranks: int) -
     for name, (difference, loss) in found.items():
         assert difference < 1e-12, name
         assert loss == pytest.approx(alone.validation["loss"], rel=1e-12), name
-
-
-def test_every_technique_goes_with_ranks_or_says_why_not(files: Path) -> None:
-    names = [n for n in sorted(modules()) if not catalogue()[n].card.axes and n != "compile"]
-    (files / "catalogue").mkdir()
-    for name in names:
-        torch.save(state(train(short(example(name)), save=False, force=True).run), files / f"catalogue/{name}.pt")
-    found = together(2, "jobs", "catalogue")
-    failed = {key: told for key, told in found.items() if isinstance(told, str) and not told.startswith("refused: ")}
-    assert not failed
-    wrong = {key: told for key, told in found.items() if isinstance(told, float) and not told < 1e-11}
-    assert {key.split("/")[1] for key in wrong} <= NUMBERS_DEPEND_ON_RANKS, wrong
-    alone = {name for name in names if isinstance(found[f"replicate/{name}"], str)}
-    assert alone == {n for n in names if catalogue()[n].card.alone} | {"flip"}, alone
-    whole = {name for name in names if isinstance(found[f"zero, stage 3/{name}"], str)} - alone
-    assert whole == {n for n in names if catalogue()[n].card.whole} - alone, whole
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

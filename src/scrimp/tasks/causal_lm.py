@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.tasks.sums import Sums, evaluated, of_tokens, per_token
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,12 +76,14 @@ class CausalLM:
         more = {"documents": batch["documents"]} if "documents" in batch else {}
         return model(batch["tokens"], None, batch["sample"], **more)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a token) and perplexity over the batches."""
-        total, count = 0.0, 0
-        for batch in batches:
-            total += float(self.loss(model, batch))
-            count += int((batch["targets"] != -100).sum())
-        mean = total / max(count, 1)
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        return of_tokens(self.loss(model, batch), batch["targets"])
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        return per_token(sums)

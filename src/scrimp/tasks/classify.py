@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
-from scrimp.tasks.metrics import classified
+from scrimp.tasks.metrics import tabled
+from scrimp.tasks.sums import Sums, evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +60,22 @@ class Classify:
         logits = self.logits(model, batch)
         return F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=smoothing)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats an item), accuracy, macro F1 and Matthews' correlation over all items."""
-        total, predicted, labels = 0.0, list[Tensor](), list[Tensor]()
-        for batch in batches:
-            logits = self.logits(model, batch)
-            total += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-            predicted.append(logits.argmax(-1))
-            labels.append(batch["labels"])
-        found = classified(torch.cat(predicted).cpu().numpy(), torch.cat(labels).cpu().numpy())
-        return {"loss": total / sum(map(len, labels)), **found}
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        logits, labels = self.logits(model, batch), batch["labels"]
+        classes = logits.shape[-1]
+        table = torch.bincount(labels * classes + logits.argmax(-1), minlength=classes * classes)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        return {"loss": loss, "table": table.view(classes, classes)}
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        table = sums["table"].long().cpu().numpy()
+        return {"loss": float(sums["loss"]) / int(table.sum()), **tabled(table)}
 
 
 def read(batch: dict[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@
     loss = 1/2 sum over i of [ -log softmax(logits[i, :])[i] - log softmax(logits[:, i])[i] ]
 
 Every pair is compared with the whole batch, so that the loss of a batch is not the sum of its parts' losses: what
-computes a batch in parts is refused (`decomposes`).
+computes a batch in parts is refused (`decomposes`). Ranks that share a batch gather the embeddings of all.
 
 Paper: Radford et al., arXiv 2103.00020; the loss is InfoNCE of van den Oord et al., arXiv 1807.03748, both ways.
 """
@@ -12,7 +12,7 @@ Paper: Radford et al., arXiv 2103.00020; the loss is InfoNCE of van den Oord et 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +25,8 @@ from scrimp.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from scrimp.lanes import Ranks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Contrastive:
@@ -34,6 +36,8 @@ class Contrastive:
     needs: ClassVar[tuple[str, ...]] = ("images", "captions")
     models: ClassVar[tuple[str, ...]] = ("two_towers",)
     decomposes: ClassVar[bool] = False
+    gathers: ClassVar[bool] = True
+    """Whether ranks that see other samples compare theirs with those of all."""
     prompt: str = "{}"
     """Text that stands for a class when images are classified without training for it; {} is the class's name."""
 
@@ -48,7 +52,10 @@ class Contrastive:
         tokenizer, context = data.tokenizer, data.train.context
         texts = [self.prompt.replace("{}", name) for name in getattr(data, "classes", ())]
         rows = [np.array([*tokenizer.encode(text)[: context - 1], tokenizer.end]) for text in texts]
-        return PairingTask(*map(torch.from_numpy, padded(rows, context))) if rows else PairingTask()
+        if not rows:
+            return PairingTask()
+        prompts, lengths = map(torch.from_numpy, padded(rows, context))
+        return PairingTask(prompts, lengths)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +65,16 @@ class PairingTask:
     Attributes:
         prompts: ids of the classes' texts, [N, T], or None.
         prompt_length: [N].
+        peers: the ranks among which a batch is shared in training, if it is.
     """
 
     prompts: Tensor | None = None
     prompt_length: Tensor | None = None
+    peers: Ranks | None = None
+
+    def among(self, peers: Ranks) -> PairingTask:
+        """The task on one of several ranks, each of which has a part of the batch."""
+        return replace(self, peers=peers)
 
     def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
         """A batch from `images` [B, K, S, S], `captions` [B, T], `caption_length` [B], perhaps `classes` [B], and the
@@ -85,9 +98,12 @@ class PairingTask:
         return batch["attended"].sum()
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The summed loss."""
+        """The summed loss; of this rank's pairs, among those of all ranks."""
         some = {"kept": batch["kept"]} if "kept" in batch else {}
-        return paired(*model(batch["images"], batch["tokens"], batch["attended"], batch["sample"], **some))
+        images, texts, scale = model(batch["images"], batch["tokens"], batch["attended"], batch["sample"], **some)
+        if self.peers is None:
+            return paired(images, texts, scale)
+        return paired_among(images, texts, scale, self.peers)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
@@ -124,6 +140,17 @@ def paired(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     own = torch.arange(len(logits), device=logits.device)
     rows = F.cross_entropy(logits, own, reduction="sum")
     return (rows + F.cross_entropy(logits.T, own, reduction="sum")) / 2
+
+
+def paired_among(images: Tensor, texts: Tensor, scale: Tensor, peers: Ranks) -> Tensor:
+    """The summed loss of this rank's pairs among those of all ranks: images and texts [B, D] of each rank."""
+    own = len(images) * peers.place + torch.arange(len(images), device=images.device)
+    losses: list[Tensor] = []
+    for mine, others in ((images, peers.rows(texts)), (texts, peers.rows(images))):
+        logits = scale * mine @ others.T
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits, own, reduction="sum"))
+    return (losses[0] + losses[1]) / 2
 
 
 def share(right: Tensor) -> float:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from scrimp.data.padding import padded
 from scrimp.errors import UserError
-from scrimp.tasks.seq2seq import IGNORED, measured, pair_batch, summed
+from scrimp.tasks.seq2seq import IGNORED, counted, pair_batch, summed, with_gaps
+from scrimp.tasks.sums import Sums, evaluated
 
 SALT: Final = 0xDE01
 """Keeps these draws apart from all others that are keyed by the sample's number."""
@@ -140,7 +141,15 @@ class GapsTask:
 
         `accuracy` is that of all tokens, `gap_accuracy` that of those that were cut out.
         """
-        return measured(model, batches)
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        return counted(model, batch)
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        return with_gaps(sums)
 
 
 def span_lengths(

@@ -8,14 +8,14 @@ with the other pairs of the batch for negatives as in Henderson et al., "Efficie
 Suggestion", arXiv 1705.00652. Of equal texts in a batch, all but one are taken for negatives wrongly.
 
 The loss of a pair depends on the whole batch, so that it does not decompose into parts: techniques that split batches
-are refused, since fewer negatives are another loss.
+are refused, since fewer negatives are another loss. Ranks that share a batch gather the vectors of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+
+if TYPE_CHECKING:
+    from scrimp.lanes import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,8 @@ class Embed:
     head: ClassVar[str] = "none"
     decomposes: ClassVar[bool] = False
     """Whether the loss is a sum over items that do not depend on each other."""
+    gathers: ClassVar[bool] = True
+    """Whether ranks that see other samples compare theirs with those of all."""
     temperature: float = 0.05
     """By which similarities, which are from -1 to 1, are divided."""
     pooling: Literal["mean", "first", "last"] = "mean"
@@ -42,6 +47,10 @@ class Embed:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise UserError(f"temperature must be above 0, not {self.temperature}.")
+
+    def among(self, peers: Ranks) -> EmbedAmong:
+        """The task on one of several ranks, each of which has a part of the batch."""
+        return EmbedAmong(self, peers)
 
     def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
         """The two texts of each pair, `tokens` [B, T] and `pair_tokens` [B, S], and which of them are attended."""
@@ -68,9 +77,9 @@ class Embed:
         """The summed loss."""
         return self.contrast(*self.embedded(model, batch))
 
-    def contrast(self, a: Tensor, b: Tensor) -> Tensor:
-        """The summed loss of pairs of vectors, [B, C] each."""
-        own = torch.arange(len(a), device=a.device)
+    def contrast(self, a: Tensor, b: Tensor, first: int = 0) -> Tensor:
+        """The summed loss of texts a [B, C], whose partners stand in b [D, C] from the first one on."""
+        own = first + torch.arange(len(a), device=a.device)
         return F.cross_entropy(a @ b.T / self.temperature, own, reduction="sum")
 
     @torch.no_grad()
@@ -86,3 +95,32 @@ class Embed:
         nearest = torch.cat([(part @ b.T).argmax(1) for part in rows])
         right = (nearest == torch.arange(len(a), device=a.device)).sum()
         return {"loss": total / len(a), "recall_at_1": int(right) / len(a)}
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedAmong:
+    """`Embed` on one of several ranks: its texts find their partners among those of all ranks."""
+
+    alone: Embed
+    peers: Ranks
+
+    def batch(self, items: dict[str, np.ndarray], sample: np.ndarray) -> dict[str, Tensor]:
+        """As `Embed.batch`."""
+        return self.alone.batch(items, sample)
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        """As `Embed.count`."""
+        return self.alone.count(batch)
+
+    def tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """As `Embed.tokens`."""
+        return self.alone.tokens(batch)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The summed loss of this rank's pairs."""
+        a, b = self.alone.embedded(model, batch)
+        return self.alone.contrast(a, self.peers.rows(b), len(a) * self.peers.place)
+
+    def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """As `Embed.evaluate`."""
+        return self.alone.evaluate(model, batches)

@@ -16,7 +16,6 @@ Paper: Song et al., "MASS", ICML 2019, arXiv 1905.02450. The draws of a window a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from scrimp.errors import UserError
 from scrimp.tasks.denoise import Denoise
 from scrimp.tasks.seq2seq import IGNORED
+from scrimp.tasks.sums import Sums, evaluated, of_tokens, per_token
 
 SALT: Final = 0x4D415353
 """Keeps these draws apart from all others that are keyed by the sample's number."""
@@ -151,17 +151,19 @@ class FragmentTask:
         """The summed loss."""
         return outputs(model, batch, batch["targets"], self.settings.label_smoothing if model.training else 0.0)
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a token), perplexity, and the share of hidden tokens that were the likeliest."""
-        total, right, count = 0.0, 0, 0
-        for batch in batches:
-            logits, targets = outputs(model, batch), batch["targets"]
-            total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-            right += int((logits.argmax(-1) == targets).sum())
-            count += int(self.count(batch))
-        mean = total / count
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / count}
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        logits, targets = outputs(model, batch), batch["targets"]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return of_tokens(loss, targets, logits.argmax(-1))
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        return per_token(sums)
 
 
 def outputs(

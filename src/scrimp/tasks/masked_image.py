@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.models.patches import unfolded
+from scrimp.tasks.sums import Sums, evaluated
 
 SALT: Final = 0x6D61736B
 """Keeps the masks apart from other draws by sample, such as the crops."""
@@ -96,14 +97,17 @@ class MaskedImage:
         error = (predicted - goal).square().mean(2)
         return (error * hidden(batch)).sum()
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss of a hidden patch over the batches; guessing the target's mean gives about 1 if normalized."""
-        total, count = 0.0, 0
-        for batch in batches:
-            total += float(self.loss(model, batch))
-            count += int(self.count(batch))
-        return {"loss": total / count}
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        return {"loss": self.loss(model, batch), "count": self.count(batch)}
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        return {"loss": float(sums["loss"] / sums["count"])}
 
 
 def visible(patches: int, ratio: float) -> int:

@@ -12,7 +12,6 @@ the same after a resume or in other micro-batches. Held-out items have fixed num
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scrimp.errors import UserError
+from scrimp.tasks.sums import Sums, evaluated, of_tokens, per_token
 
 SALT: Final = 0x6D61736B
 """Sets these draws apart from others that are keyed by sample."""
@@ -130,21 +130,22 @@ class Masking:
         """Of the vocabulary at each token, [B, T, V]."""
         return model(batch["tokens"], **_seen(batch))
 
-    @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a hidden token), its exponential, and the share of hidden tokens that were guessed."""
-        total, right, count = 0.0, 0, 0
-        for batch in batches:
-            rows = batch["targets"] != -100
-            # Only the hidden tokens' logits, since those of all tokens are many times as large.
-            states: Any = model.states(batch["tokens"], **_seen(batch))  # type: ignore[operator]
-            logits = model.head(model.head_transform(states[rows]))  # type: ignore[operator]
-            targets = batch["targets"][rows]
-            total += float(F.cross_entropy(logits, targets, reduction="sum"))
-            right += int((logits.argmax(-1) == targets).sum())
-            count += len(targets)
-        mean = total / max(count, 1)
-        return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / max(count, 1)}
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        rows = batch["targets"] != -100
+        # Only the hidden tokens' logits, since those of all tokens are many times as large.
+        states: Any = model.states(batch["tokens"], **_seen(batch))  # type: ignore[operator]
+        logits = model.head(model.head_transform(states[rows]))  # type: ignore[operator]
+        targets = batch["targets"][rows]
+        return of_tokens(F.cross_entropy(logits, targets, reduction="sum"), targets, logits.argmax(-1))
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        return per_token(sums)
 
 
 def _seen(batch: dict[str, Tensor]) -> dict[str, Tensor]:

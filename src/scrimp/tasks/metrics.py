@@ -17,6 +17,11 @@ def classified(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """accuracy, macro_f1 and matthews of class numbers, both int64 [items]."""
     classes = int(max(predicted.max(), labels.max())) + 1
     table = np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    return tabled(table)
+
+
+def tabled(table: np.ndarray) -> dict[str, float]:
+    """The same of how many items of each class were taken for each class: int64 [class, predicted class]."""
     right, said, are = np.diag(table), table.sum(0), table.sum(1)
     there = said + are > 0
     f1 = 2 * right[there] / (said + are)[there]

@@ -7,7 +7,6 @@ The decoder begins with the end token, as BART's does, and the target ends with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from scrimp.tasks.sums import Sums, evaluated, of_tokens, per_token
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,15 @@ class PairsTask:
 
     def evaluate(self, model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest, over the batches."""
-        return measured(model, batches)
+        return evaluated(self, model, batches)
+
+    def sums(self, model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+        """What scores follow from."""
+        return counted(model, batch)
+
+    def scores(self, sums: Sums) -> dict[str, float]:
+        """What sums over all batches say."""
+        return with_gaps(sums)
 
 
 def pair_batch(
@@ -103,20 +112,19 @@ def summed(model: nn.Module, batch: dict[str, Tensor], smoothing: float) -> Tens
     )
 
 
-@torch.no_grad()
-def measured(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest; also of `gaps` [B, T]."""
-    total, right, count, filled, gaps = 0.0, 0, 0, 0, 0
-    for batch in batches:
-        logits = model(batch["tokens"], batch["decoder_tokens"], attended=batch["attended"])
-        targets = batch["targets"]
-        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        hit = logits.argmax(-1) == targets
-        right += int(hit.sum())
-        count += int((targets != IGNORED).sum())
-        if "gaps" in batch:
-            filled += int(hit[batch["gaps"]].sum())
-            gaps += int(batch["gaps"].sum())
-    mean = total / count
-    found = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / count}
-    return found | ({"gap_accuracy": filled / gaps} if gaps else {})
+def counted(model: nn.Module, batch: dict[str, Tensor]) -> Sums:
+    """The sums of tokens of a batch; also of its `gaps` [B, T]."""
+    logits = model(batch["tokens"], batch["decoder_tokens"], attended=batch["attended"])
+    targets, likeliest = batch["targets"], logits.argmax(-1)
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    found = of_tokens(loss, targets, likeliest)
+    if "gaps" not in batch:
+        return found
+    gaps = batch["gaps"]
+    return found | {"filled": (likeliest == targets)[gaps].sum(), "gaps": gaps.sum()}
+
+
+def with_gaps(sums: Sums) -> dict[str, float]:
+    """Mean loss (nats a token), perplexity, and the share of tokens that were the likeliest; also of gaps."""
+    gaps = float(sums["gaps"]) if "gaps" in sums else 0.0
+    return per_token(sums) | ({"gap_accuracy": float(sums["filled"]) / gaps} if gaps else {})

@@ -69,7 +69,7 @@ class AutoProg(Technique):
             "backward": "watched",
             "step": "averaged",
         },
-        whole="it averages whole weights.",
+        held="it averages weights between steps.",
         example={"parts": 2, "search": 0.5},
         neutral={"parts": 1},
     )
@@ -239,6 +239,8 @@ class AutoProg(Technique):
                     else supernet.flops(last.model, layers, depth, length)
                 )
                 rows.append([depth, length, float(memory["#losses"][i, :kept].mean()), spent])
+        # Seconds are each rank's own, and all must choose alike.
+        rows = last.world.told(rows)
         (depth, length), w = stage.options[-1], 0.0
         if rows:
             best, w = supernet.choose([row[2] for row in rows], [row[3] for row in rows])

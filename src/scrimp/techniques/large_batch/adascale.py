@@ -56,7 +56,7 @@ class AdaScale(Technique):
         refuses={"gradient point": "the gain is that of gradients at the weights themselves, not at a point nearby."},
         micro_batches=True,
         phase={"schedule": "time", "backward": "accumulated", "step": "updated"},
-        whole="a gradient that arrives is measured, which is whole then and a part later.",
+        held="a gradient that arrives is measured, which is whole then and a part later.",
         example={"parts": 2},
     )
     parts: int = 2

@@ -45,7 +45,7 @@ class NoiseScale(Technique):
         sets=("parts of a batch",),
         micro_batches=True,
         phase={"backward": "accumulated"},
-        whole="a gradient that arrives is measured, which is whole then and a part later.",
+        held="a gradient that arrives is measured, which is whole then and a part later.",
         example={"parts": 2},
     )
     parts: int = 2

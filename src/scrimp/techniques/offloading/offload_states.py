@@ -51,7 +51,7 @@ class OffloadStates(Technique):
         sets=("place of optimizer states",),
         refuses={"sharding": "Shards of optimizer states are not offloaded."},
         phase={"optimizer": "states"},
-        whole="files hold tiles of whole weights.",
+        held="tiles of weights are updated between steps, as plain tensors.",
         example={"tile": 1024},
         remedies=({},),
         neutral={"tile": 1024},

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from scrimp.clock import Duration
 from scrimp.groups import Several, parts, trainable
 from scrimp.plain import is_plain
+from scrimp.sharding import cut_of, follow
 from scrimp.technique import Card, Technique
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class ZeroOffload(Technique):
         sets=("place of optimizer states",),
         phase={"carry": "rewind", "optimizer": "states", "backward": "watched", "step": "delayed"},
         emulated=("cpu",),
-        whole="the host updates copies of whole weights.",
+        held="the host updates copies of plain tensors.",
         undivided="what it notes of gradients that wait is one list of all weights.",
         example={"delay": True, "warmup": "2 step"},
         neutral={"delay": False},
@@ -140,13 +141,14 @@ class HostUpdate(Several):
     Attributes:
         left: gradients of this step that are on the host already.
         holders: techniques that need all gradients on the device.
+        alone: whether updates need nothing of other ranks, and may run beside the next step.
     """
 
     def __init__(self, rule: Optimizer, run: Run, technique: ZeroOffload) -> None:
         super().__init__(parts(rule))
         self.run, self.technique, self.memory = run, technique, run.memory(technique)
         self.names = trainable(run.model)
-        self.copies = {n: nn.Parameter(near(p).copy_(p.detach())) for n, p in self.names.items() if not at_home(p)}
+        self.copies = {n: _copy(p) for n, p in self.names.items() if not at_home(p)}
         self.versions: dict[str, int] = {}
         self.left: dict[str, Tensor] = {}
         self.holders: list[str] = []
@@ -154,7 +156,9 @@ class HostUpdate(Several):
         self.work: Future[None] | None = None
         self.moved: torch.cuda.Event | None = None
         self.rest: list[tuple[Optimizer, Any]] = []
-        self.memory.update({f"{WEIGHT}{n}": copy.data for n, copy in self.copies.items()})
+        self.memory.update({f"{WEIGHT}{n}": follow(copy.data, copy) for n, copy in self.copies.items()})
+        # What rules send to other ranks must not cross what the next step sends.
+        self.alone = all(cut_of(p) is None for p in self.names.values())
         if technique.delay:
             self.memory.update({n: near(p).zero_() for n, p in self.names.items()})
             self.memory[GIVEN] = torch.zeros(len(self.names), dtype=torch.bool, device="cpu")
@@ -209,7 +213,7 @@ class HostUpdate(Several):
 
     def begin(self) -> None:
         """Begin the update that is due, where the device computes on other memory."""
-        if self.copies and not self.rest and self._due():
+        if self.alone and self.copies and not self.rest and self._due():
             self._late_update(beside=True)
 
     def _due(self) -> bool:
@@ -293,6 +297,13 @@ class HostUpdate(Several):
 def at_home(p: Tensor) -> bool:
     """Whether a weight is on the host, in at least float32: it needs no copy to be updated there."""
     return p.device.type == "cpu" and torch.promote_types(p.dtype, torch.float32) == p.dtype
+
+
+def _copy(p: Tensor) -> nn.Parameter:
+    """A weight on the host, cut between ranks as the model's is."""
+    copy = nn.Parameter(near(p).copy_(p.detach()))
+    follow(copy, p)
+    return copy
 
 
 def near(p: Tensor) -> Tensor:

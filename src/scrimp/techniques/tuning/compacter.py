@@ -44,7 +44,7 @@ class Compacter(Technique):
         trains=("*.compacter.*", "*norm.*"),
         refuses={"depth schedule": "All its adapters share a factor, and a copied block would bring one of its own."},
         phase={"model": "seams"},
-        whole="layers that share factors are gathered apart from them.",
+        held="layers that share factors are gathered apart from them.",
         undivided="its adapters share matrices, which lie with the first of them.",
         example={"bottleneck": 8, "n": 4},
     )
