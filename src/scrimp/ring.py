@@ -16,7 +16,7 @@ stretches, at every turn two of them (three at first), and nobody waits for the 
 Papers: Li et al., "Sequence Parallelism: Long Sequence Training from System Perspective", arXiv 2105.13120; Liu et al.,
 "Ring Attention with Blockwise Transformers for Near-Infinite Context", arXiv 2310.01889, for the merge.
 
-Legend of shapes: B batch, T tokens of a sample, t tokens of a rank, H heads, K key/value heads, G = H / K, D head width.
+Legend of shapes: B batch, T tokens of a sample, t of a rank, H heads, K key/value heads, G = H / K, D head width.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Sight:
                 yield slice(begin, begin := begin + there.stop - there.start), there
 
     def seen(self, queries: slice, keys: slice, device: torch.device) -> Tensor | bool:
-        """Which keys of a stretch the queries of another see: all, none, or a mask that broadcasts to [B, 1, 1, q, k]."""
+        """Which keys of a stretch the queries of another see: all, none, or a mask of [B, 1, 1, q, k]."""
         if self.causal and keys.start > queries.stop - 1:
             return False
         mask: Tensor | None = None
@@ -111,7 +111,7 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
 
 
 def attend(q: Tensor, arrivals: Iterable[Arrival], rank: int, sight: Sight) -> tuple[Tensor, Tensor]:
-    """Attention of a rank's queries [B, H, t, D] to all keys that arrive -> [B, H, t, D] and log-sum-exp [B, K, G, t, 1]."""
+    """A rank's queries [B, H, t, D], all keys that arrive -> attention [B, H, t, D], log-sum-exp [B, K, G, t, 1]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = lse = queries = torch.empty(0)
     for source, kv in arrivals:

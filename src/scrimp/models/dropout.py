@@ -26,7 +26,7 @@ class Dropout(nn.Module):
 
     Attributes:
         before: a seam: how many tokens of each sample stand before those that it gets.
-        places: a seam: the places in their samples of all tokens that the model gets, [T], where they are not the first.
+        places: a seam: the places in their samples of all tokens that a model gets, [T], if they are not the first.
     """
 
     def __init__(self, p: float, site: int) -> None:

@@ -3,8 +3,8 @@
 
     ring       rank r has the stretches r and 2 n - 1 - r of 2 n of each sample. Keys and values go round the ranks, and
                o = sum_j exp(L_j - L) o_j,  L = log sum_j exp L_j,  joins the attention o_j to each rank's, exactly
-    ulysses    rank r has the stretch r of n. Before attention, all tokens of H / n heads go to each rank; behind it, all
-               heads of its own tokens come back
+    ulysses    rank r has the stretch r of n. Before attention, all tokens of H / n heads go to each rank; behind it,
+               all heads of its own tokens come back
     both       g = sum over ranks of grad(summed loss of the rank's tokens) / count of the whole batch
 
 The gradient is that of one process, to float error. Places, rotations and dropout are those of the whole sample, and
@@ -77,7 +77,7 @@ class Context(Technique):
             return model
         where = run.where(self)
         if not isinstance(model, Transformer) or model.config.head not in ("", "lm", "mlm"):
-            what = f"{type(model).__name__} does not sum its loss over the tokens of one sequence, which ranks could share."
+            what = f"{type(model).__name__} sums no loss over tokens of one sequence, which ranks could share."
             raise UserError(what, where, "Train it with `replicate` or `zero` instead.")
         shared = Shared(Ranks.of(run.world, "context"), self.kind == "ring")
         shared.dropouts += [m for m in model.modules() if isinstance(m, Dropout)]
@@ -89,7 +89,7 @@ class Context(Technique):
         return model
 
     def loss(self, loss: Loss, run: Run) -> Loss:
-        """Of a rank's tokens, times the ranks: each counts all tokens of its samples, and so they are n times as many."""
+        """Of a rank's tokens, times the ranks: each counts all tokens of its samples, n times what is there."""
         if run.world.ranks("context") == 1:
             return loss
         shared: Shared = run.plans[self.name]
