@@ -110,6 +110,8 @@ def clash(a: Technique, b: Technique) -> str:
             return f"`{one.name}` does not go with `{other.name}`: {one.card.refuses[thing]} Drop one of them."
         if one.shards and other.card.whole:
             return f"`{other.name}` does not go with `{one.name}`: {other.card.whole} Drop one of them."
+        if one.card.breaks and other.card.entire:
+            return f"`{other.name}` does not go with `{one.name}`: {other.card.entire} Drop one of them."
         if one.card.cuts and other.card.undivided:
             return f"`{other.name}` does not go with `{one.name}`: {other.card.undivided} Drop one of them."
     both = sorted(set(a.card.replaces) & set(b.card.replaces))

@@ -64,6 +64,7 @@ class Context(Technique):
             "tokens of a layer": "It chooses among all tokens of a sample, of which each rank has a part.",
         },
         axes=("context",),
+        breaks=True,
         phase={"wrap": "shard", "loss": "items", "backward": "summed"},
         example={},
         neutral={},
