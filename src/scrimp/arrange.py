@@ -111,6 +111,8 @@ def clash(a: Technique, b: Technique) -> str:
         reason = other.card.whole or ("data" in one.card.axes and other.card.held)
         if one.shards and reason:
             return f"`{other.name}` does not go with `{one.name}`: {reason} Drop one of them."
+        if one.card.breaks and other.card.entire:
+            return f"`{other.name}` does not go with `{one.name}`: {other.card.entire} Drop one of them."
         if one.card.cuts and other.card.undivided:
             return f"`{other.name}` does not go with `{one.name}`: {other.card.undivided} Drop one of them."
     both = sorted(set(a.card.replaces) & set(b.card.replaces))

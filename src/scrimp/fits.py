@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scrimp.run import Run
 
 SERVING: Final = {"pipeline": ("pipeline",), "replica": ("replicate", "zero"), "data": ("replicate", "zero"),
-                  "tensor": ("tensor",)}  # fmt: skip
+                  "context": ("context",), "tensor": ("tensor",)}  # fmt: skip
 """Axis of the mesh -> the techniques to propose for it."""
 
 

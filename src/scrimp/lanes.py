@@ -44,16 +44,16 @@ class Exchange(torch.autograd.Function):
 
 @dataclass(eq=False)
 class Ranks:
-    """The ranks that share layers, or a batch."""
+    """The ranks that share layers, tokens, or a batch."""
 
     group: Any
     count: int
     place: int
 
     @classmethod
-    def of(cls, world: World) -> Ranks:
-        """Those along the mesh's axis `tensor`."""
-        return cls(world.group("tensor"), world.ranks("tensor"), world.place("tensor"))
+    def of(cls, world: World, axis: str = "tensor") -> Ranks:
+        """Those along an axis of the mesh."""
+        return cls(world.group(axis), world.ranks(axis), world.place(axis))
 
     def same(self, x: Tensor) -> Tensor:
         """Nothing is sent."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from scrimp.lanes import Ranks
-from scrimp.world import SAMPLES, World, samples_group
+from scrimp.world import SAMPLES, World
 
 
 def among(task: Any, world: World) -> Any:
@@ -20,4 +20,4 @@ def among(task: Any, world: World) -> Any:
     ranks = world.ranks(*SAMPLES)
     if ranks == 1 or not hasattr(task, "among"):
         return task
-    return task.among(Ranks(samples_group(world), ranks, world.place(*SAMPLES)))
+    return task.among(Ranks(world.group(*SAMPLES), ranks, world.place(*SAMPLES)))

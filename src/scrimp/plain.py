@@ -92,7 +92,7 @@ def counted(run: Run, batch: Batch) -> tuple[Tensor, int]:
     count, tokens = run.task.count(batch), tokens_of(run.task, batch)
     if run.world.size == 1:
         return count, tokens
-    return run.world.total(count), int(run.world.total(torch.tensor(tokens, device=count.device)))
+    return run.world.total(count), int(run.world.total(torch.tensor(tokens, device=count.device), *SAMPLES))
 
 
 def share(run: Run, batch: Callable[[int], Batch]) -> Callable[[int], Batch]:

@@ -55,4 +55,4 @@ def volume(op: Op, ranks: int) -> float:
         return 2 * (ranks - 1) / ranks * size
     if any(word in op.name for word in ("gather", "scatter", "alltoall", "all_to_all")):
         return (ranks - 1) / ranks * size
-    return 0.0 if "wait" in op.name or "barrier" in op.name else float(size)
+    return 0.0 if any(word in op.name for word in ("wait", "barrier", "recv")) else float(size)

@@ -102,6 +102,8 @@ class Mesh:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     data: int = 0
     """Share the samples of a batch; 0 for all ranks that other axes leave."""
+    context: int = 1
+    """Share the tokens of each sample."""
     tensor: int = 1
     """Share each layer."""
     pipeline: int = 1

@@ -1,5 +1,5 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""Ranks that hold the same weights and see different samples: torch's DistributedDataParallel around a loss.
+"""Ranks that hold the same weights and see different parts of a batch: torch's DistributedDataParallel around a loss.
 
 The wrapped module is the loss, not the model, so that the model keeps its names and every task its own way of calling
 it. Each rank's loss is its part of the whole batch's sum over the whole batch's count, and gradients are summed.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from scrimp.world import SAMPLES, World, samples_group
+from scrimp.world import PARTS, World
 
 if TYPE_CHECKING:
     from scrimp.groups import Group
@@ -57,11 +57,11 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
         # Its successor cannot be told to leave buffers alone, which are the same on all ranks by construction.
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
         reducer = DistributedDataParallel(
-            Summed(run), process_group=samples_group(run.world), bucket_cap_mb=bucket, broadcast_buffers=False,
+            Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False,
             init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True,
         )  # fmt: skip
-    reducer.register_comm_hook(samples_group(run.world), _mean)
-    ranks = run.world.ranks(*SAMPLES)
+    reducer.register_comm_hook(_group(run), _mean)
+    ranks = run.world.ranks(*PARTS)
 
     def reduced(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = reducer(batch, count)
@@ -73,8 +73,8 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
 
 
 def _followed(backward: Backward, run: Run) -> Backward:
-    """A backward whose gradients are summed over the ranks that see other samples once it is through."""
-    group = samples_group(run.world)
+    """A backward whose gradients are summed over the ranks that see other parts of a batch once it is through."""
+    group = _group(run)
 
     def backward_and_sum(batch: Batch, count: Tensor) -> Tensor:
         with apart(run.model):
@@ -135,7 +135,7 @@ def _planned(run: Run) -> Backward:
 
     for p in held:
         p.register_post_accumulate_grad_hook(arrive)
-    job, group = Summed(run), samples_group(run.world)
+    job, group = Summed(run), _group(run)
 
     def backward(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = job(batch, count)
@@ -161,6 +161,11 @@ def _mean(group, bucket):  # pyright: ignore
     return sent.get_future().then(arrived)
 
 
+def _group(run: Run) -> Any:
+    """The ranks that see other parts of a batch with the same weights."""
+    return run.world.group(*PARTS)
+
+
 class Owned(Optimizer):
     """An update rule over the parameters that this rank owns; afterwards each owner sends its own to the others.
 
@@ -169,11 +174,12 @@ class Owned(Optimizer):
     Args:
         groups: all parameters. Large ones are given out first, each to the rank that has least.
         make: groups -> optimizer.
-        world: the ranks; those of the axis `data` share the parameters.
+        world: the ranks; those of the axes `data` and `context` share the parameters.
     """
 
     def __init__(self, groups: Sequence[Group], make: Callable[[list[Group]], Optimizer], world: World) -> None:
-        self.group, ranks, place = world.group("data"), world.ranks("data"), world.place("data")
+        axes = ("data", "context")
+        self.group, ranks, place = world.group(*axes), world.ranks(*axes), world.place(*axes)
         named = {name: p for group in groups for name, p in group.params.items()}
         held, self.owner = [0] * ranks, dict[str, int]()
         for name, p in sorted(named.items(), key=lambda item: (-item[1].numel(), item[0])):

@@ -119,6 +119,11 @@ class Card:
     undivided: str = ""
     """Why all blocks must be on one rank for it, as a sentence; empty where each rank's own suffice. Techniques that
     cut the model into stages are refused beside it."""
+    entire: str = ""
+    """Why a rank must see whole samples for it, as a sentence; empty where some of their tokens do. Techniques that
+    share the tokens of a sample between ranks are refused beside it."""
+    breaks: bool = False
+    """Whether ranks share the tokens of each sample."""
     shards: bool = False
     """Whether each rank holds only a part of each weight; settings may decide it: see `Technique.shards`."""
     cuts: bool = False

@@ -7,7 +7,8 @@ whose ranks talk least to the one whose ranks talk most:
     pipeline    ranks hold consecutive blocks
     replica     ranks hold the same, and see different samples of a batch
     data        likewise; `zero` shards weights and states over this axis
-    tensor      ranks hold parts of each layer, and see the same samples
+    context     ranks hold the same, and see different tokens of the same samples
+    tensor      ranks hold parts of each layer, and see the same tokens
 
 Torch's process groups do all the sending. Outside of `torchrun` and `scrimp launch` there is one rank, and nothing
 here sends anything.
@@ -32,9 +33,11 @@ if TYPE_CHECKING:
 
     from scrimp.recipe import Mesh
 
-AXES: Final = ("pipeline", "replica", "data", "tensor")
+AXES: Final = ("pipeline", "replica", "data", "context", "tensor")
 SAMPLES: Final = ("replica", "data")
 """Axes whose ranks see different samples of a batch."""
+PARTS: Final = (*SAMPLES, "context")
+"""Axes whose ranks see different parts of a batch: what they compute of it, and its gradients, must be summed."""
 WAIT: Final = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
 
@@ -72,14 +75,22 @@ class World:
         names = self.mesh.mesh_dim_names if self.mesh is not None else None
         return [axis for axis in axes if axis in (names or ())]
 
-    def group(self, axis: str) -> Any:
+    def group(self, *axes: str) -> Any:
         """The process group of the ranks that share this one's place on all other axes."""
+        return self.along(*axes)[0].get_group()
+
+    def along(self, *axes: str) -> tuple[DeviceMesh, str]:
+        """Some axes, of which at least one has several ranks, as one: a mesh of one axis, and the name of that."""
         assert self.mesh is not None
-        return self.mesh.get_group(axis)
+        names = self._spread(*axes)
+        if len(names) == 1:
+            return self.mesh[names[0]], names[0]
+        joint = "_".join(names)
+        return self.mesh[tuple(names)]._flatten(joint), joint  # pyright: ignore[reportPrivateUsage]
 
     def total(self, value: Tensor, *axes: str) -> Tensor:
-        """The sum of a tensor over the ranks of some axes (those that see other samples), in a new one."""
-        for axis in axes or SAMPLES:
+        """The sum of a tensor over the ranks of some axes (those that see other parts of a batch), in a new one."""
+        for axis in axes or PARTS:
             if self.ranks(axis) > 1:
                 value = value.clone()
                 torch.distributed.all_reduce(value, group=self.group(axis))
@@ -112,15 +123,6 @@ class World:
 
 
 ALONE: Final = World()
-
-
-def samples_group(world: World) -> Any:
-    """The process group of the ranks that see other samples with the same weights, in order of their samples."""
-    assert world.mesh is not None
-    axes = [axis for axis in SAMPLES if world.ranks(axis) > 1]
-    if len(axes) == 1:
-        return world.group(axes[0])
-    return world.mesh[tuple(axes)]._flatten("samples").get_group()  # pyright: ignore[reportPrivateUsage]
 
 
 @contextmanager

@@ -32,6 +32,11 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "zero, stage 3": {"zero": {"stage": 3}},
     "tensor": {"tensor": {}},
     "pipeline": {"pipeline": {}},
+    "context": {"context": {}},
+    "context, ulysses": {"context": {"kind": "ulysses"}},
+    "context x replicate": {"context": {}, "replicate": {}},
+    "context x zero": {"context": {}, "zero": {}},
+    "context x tensor": {"context": {}, "tensor": {}},
     "zero, replicated": {"zero": {}},
     "tensor x replicate": {"tensor": {}, "replicate": {}},
     "tensor x zero": {"tensor": {}, "zero": {}},
@@ -42,6 +47,9 @@ MESHES: dict[str, dict[str, int]] = {
     "zero, replicated": {"replica": 2, "data": 2},
     "tensor x replicate": {"tensor": 2, "data": 2},
     "tensor x zero": {"tensor": 2, "data": 2},
+    "context x replicate": {"context": 2, "data": 2},
+    "context x zero": {"context": 2, "data": 2},
+    "context x tensor": {"context": 2, "tensor": 2, "data": 1},
     "pipeline x replicate": {"pipeline": 2, "data": 2},
     "pipeline x tensor": {"pipeline": 2, "tensor": 2, "data": 1},
 }
@@ -52,8 +60,9 @@ def mesh(name: str, ranks: int) -> dict[str, int] | None:
     """A layout's mesh of so many ranks; None where it has none."""
     if name in MESHES:
         return MESHES[name] if ranks == 4 else None
-    axis = name if name in ("tensor", "pipeline") else "data"
-    return {axis: ranks} if axis == "data" else None if ranks > 2 and axis == "tensor" else {axis: ranks, "data": 1}
+    axis = next((axis for axis in ("tensor", "pipeline", "context") if name.startswith(axis)), "data")
+    few = name in ("tensor", "context, ulysses")  # The model has two heads.
+    return {axis: ranks} if axis == "data" else None if ranks > 2 and few else {axis: ranks, "data": 1}
 
 
 def layouts() -> list[str]:

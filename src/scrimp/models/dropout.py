@@ -26,11 +26,13 @@ class Dropout(nn.Module):
 
     Attributes:
         before: a seam: how many tokens of each sample stand before those that it gets.
+        places: a seam: the places in their samples of all tokens that a model gets, [T], if they are not the first.
     """
 
     def __init__(self, p: float, site: int) -> None:
         super().__init__()
         self.p, self.site, self.before = p, site, 0
+        self.places: Tensor | None = None
         # Not in `forward`: compiled, the product would be symbolic, for which inductor makes invalid C++.
         self.key = site * 0x9E3779B1 & 0xFFFFFFFF
 
@@ -39,7 +41,11 @@ class Dropout(nn.Module):
             return x
         if sample is None:
             raise ValueError("dropout needs the samples' numbers: pass `sample` to the model.")
-        return x * keep(x.shape, sample, self.key, self.p, x.device, self.before).to(x.dtype) / (1 - self.p)
+        behind = self.before + x.shape[1]
+        places = torch.arange(self.before, behind, device=x.device)
+        if self.places is not None:
+            places = self.places[self.before : behind]
+        return x * keep(x.shape, sample, self.key, self.p, places).to(x.dtype) / (1 - self.p)
 
 
 class Samples:
@@ -70,12 +76,11 @@ class Samples:
         return known
 
 
-def keep(shape: torch.Size, sample: Tensor, key: int, p: float, device: torch.device, before: int = 0) -> Tensor:
-    """Boolean mask [B, T, C], True with probability 1 - p; `before` tokens of the samples have masks elsewhere."""
-    _, tokens, width = shape
-    row = mixed(mixed(sample.to(device) & 0xFFFFFFFF) ^ key)[:, None, None]
-    token = mixed(row ^ torch.arange(before, before + tokens, device=device)[:, None])
-    bits = mixed(token ^ (torch.arange(width, device=device) * 0x85EBCA6B & 0xFFFFFFFF))
+def keep(shape: torch.Size, sample: Tensor, key: int, p: float, places: Tensor) -> Tensor:
+    """Boolean mask [B, T, C], True with probability 1 - p, of the tokens at some places [T] of the samples."""
+    row = mixed(mixed(sample.to(places.device) & 0xFFFFFFFF) ^ key)[:, None, None]
+    token = mixed(row ^ places[:, None])
+    bits = mixed(token ^ (torch.arange(shape[2], device=places.device) * 0x85EBCA6B & 0xFFFFFFFF))
     return bits >= int(p * 2**32)
 
 

@@ -126,6 +126,7 @@ class Transformer(nn.Module):
             the last norm.
         prepended: how many they are.
         shift: by how many places the tokens stand further right than without.
+        places: a seam: the places of the tokens that it gets, [T] or [B, T], where they are not the first of a sample.
         side: a seam, where a technique adds it: (states before the first and after each block, rope, mask, sample,
             cache) -> the states that the last norm sees.
     """
@@ -147,6 +148,7 @@ class Transformer(nn.Module):
         self.embed_norm = Norm(c.width, c.norm, c.norm_eps, c.bias) if c.embed_norm else None
         self.prompts: nn.Module = nn.Identity()
         self.prepended = self.shift = 0
+        self.places: Tensor | None = None
         self.side: nn.Module | None = None
         self.part: Part | None = None
         self.dropout = Dropout(c.dropout, site=0)
@@ -225,7 +227,9 @@ class Transformer(nn.Module):
         if past + tokens.shape[1] > self.room:
             raise ValueError(f"{past + tokens.shape[1]} tokens exceed the model's context of {self.room}.")
         place = torch.arange(self.shift + past, self.shift + past + tokens.shape[1], device=tokens.device)
-        if documents is not None:
+        if self.places is not None:
+            place = self.shift + self.places
+        elif documents is not None:
             place = place - firsts(documents)
         count = 0 if past else self.prepended
         x = self._embedded(tokens, place, segments, count, sample) if part.given is None else part.given

@@ -56,6 +56,7 @@ class AdaScale(Technique):
         refuses={"gradient point": "the gain is that of gradients at the weights themselves, not at a point nearby."},
         micro_batches=True,
         phase={"schedule": "time", "backward": "accumulated", "step": "updated"},
+        entire="it compares gradients of samples, of which a rank has some tokens only.",
         held="a gradient that arrives is measured, which is whole then and a part later.",
         example={"parts": 2},
     )

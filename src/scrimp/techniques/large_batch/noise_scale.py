@@ -45,6 +45,7 @@ class NoiseScale(Technique):
         sets=("parts of a batch",),
         micro_batches=True,
         phase={"backward": "accumulated"},
+        entire="it compares gradients of samples, of which a rank has some tokens only.",
         held="a gradient that arrives is measured, which is whole then and a part later.",
         example={"parts": 2},
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from scrimp.errors import UserError
 from scrimp.replicas import summed
 from scrimp.technique import Card, Technique
-from scrimp.world import SAMPLES
+from scrimp.world import PARTS
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -54,4 +54,4 @@ class Replicate(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Gradients summed over the ranks; a single rank has nothing to sum."""
-        return backward if run.world.ranks(*SAMPLES) == 1 else summed(backward, run, self.bucket)
+        return backward if run.world.ranks(*PARTS) == 1 else summed(backward, run, self.bucket)

@@ -30,15 +30,17 @@ from scrimp.errors import UserError
 from scrimp.models.seams import blocks
 from scrimp.replicas import Owned, summed
 from scrimp.technique import Card, Technique
-from scrimp.world import SAMPLES
+from scrimp.world import PARTS
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
     from scrimp.groups import Group
     from scrimp.run import Run
     from scrimp.technique import Backward, Evaluate
+    from scrimp.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +77,11 @@ class Zero(Technique):
 
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Shard every block, then the rest."""
-        if not self.shards or run.world.ranks(*SAMPLES) == 1:
+        if not self.shards or run.world.ranks(*PARTS) == 1:
             return model
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        world = run.world
-        assert world.mesh is not None
-        mesh = world.mesh["replica", "data"] if world.ranks("replica") > 1 else world.mesh["data"]
+        mesh = _mesh(run.world)
         scalars = {p for p in model.parameters() if not p.ndim}
         for part in _apart(model, run.where(self)):
             fully_shard(part, mesh=mesh, reshard_after_forward=self.stage == 3, ignored_params=scalars)
@@ -104,13 +104,13 @@ class Zero(Technique):
 
     def optimizer(self, make: Callable[[list[Group]], Optimizer], run: Run) -> Callable[[list[Group]], Optimizer]:
         """Stage 1: a rule over the parameters that this rank owns."""
-        if self.shards or run.world.ranks("data") == 1:
+        if self.shards or run.world.ranks("data", "context") == 1:
             return make
         return lambda groups: Owned(groups, make, run.world)
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Stage 1 sums gradients as plain data parallelism does; the hooks of `fully_shard` do it otherwise."""
-        return backward if self.shards or run.world.ranks(*SAMPLES) == 1 else summed(backward, run, self.bucket)
+        return backward if self.shards or run.world.ranks(*PARTS) == 1 else summed(backward, run, self.bucket)
 
     def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
         """Give weights up afterwards: without a backward pass nothing else does."""
@@ -122,6 +122,20 @@ class Zero(Technique):
             return found
 
         return sharded
+
+
+def _mesh(world: World) -> DeviceMesh:
+    """Ranks that shard, and groups of them that hold the same shards: one axis or two.
+
+    Raises:
+        UserError: if each group is a single rank.
+    """
+    assert world.mesh is not None
+    if world.ranks("data", "context") == 1:
+        what = "all ranks are replicas, and none is left to shard over."
+        raise UserError(what, "mesh.replica", "Lower it, or take `replicate`.")
+    joint, name = world.along("data", "context")
+    return world.mesh["replica", name] if world.ranks("replica") > 1 else joint
 
 
 def _apart(model: nn.Module, where: str) -> list[nn.Module]:

@@ -60,6 +60,7 @@ class GraSP(Technique):
             "head loss": "a loss joined with its head cannot be differentiated twice.",
             "matrix product": "rounded products cannot be differentiated twice.",
         },
+        entire="it differentiates gradients, and what ranks send each other has none.",
         whole="masks are of whole weights.",
         undivided="it compares the weights of all blocks to choose which to drop.",
         example={"density": 0.5},
