@@ -191,7 +191,8 @@ def _with(mesh: Mesh, batch: int, blocks: int) -> Iterator[tuple[Layout, tuple[i
         if p == 1:
             yield Layout(mesh, (*share, *layers)), (1, 1)
             continue
-        for order, each in (("1f1b", 1), ("interleaved", 2)):
+        # Several stages a rank would each need their own exchange of tokens, which `tensor` has one of.
+        for order, each in (("1f1b", 1), ("interleaved", 2))[: 1 if layers else 2]:
             for m in (p, 2 * p, 4 * p, 8 * p):
                 if batch % m == 0 and blocks >= p * each and m >= p * each:
                     yield Layout(mesh, (*share, *layers, kind(order=order, micro_batches=m))), (m, each)
