@@ -22,7 +22,6 @@ from scrimp.errors import UserError
 from scrimp.machines.machine import Machine
 from scrimp.planning import Plan, outlined, plan
 from scrimp.planview import duration, size
-from scrimp.reading import dump_techniques
 from scrimp.recipe import Mesh
 from scrimp.registry import technique_class
 
@@ -52,7 +51,9 @@ class Layout:
         """As lines of a recipe."""
         axes = {axis: n for axis in ("pipeline", "replica", "data", "tensor") if (n := getattr(self.mesh, axis)) > 1}
         raw: dict[str, Any] = {"mesh": axes} if axes else {}
-        raw |= {"techniques": dump_techniques(self.techniques)} if self.techniques else {}
+        given = {t.name: {k: v for k, v in vars(t).items() if k in ("stage", "order", "micro_batches")}
+                 for t in self.techniques}  # fmt: skip
+        raw |= {"techniques": given} if given else {}
         return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None).strip() if raw else "# as it is"
 
 
@@ -220,7 +221,9 @@ def estimate(layout: Layout, single: Plan, ranks: int, parts: tuple[int, int]) -
     passing = (kinds["activations"] + kinds["workspace"]) / (samples * t) * (1 / m if p > 1 else 1.0)
     memory = single.memory - stage.peak.total + held + passing
     idle = (p - 1) / (each * m + p - 1)
-    seconds = single.stages[-1].seconds / ranks / (1 - idle)
+    # Every micro-batch launches the operators of the rank's blocks anew.
+    launched = len(single.stages[-1].ops) * on.overhead * m / p
+    seconds = max(single.stages[-1].seconds / ranks, launched) / (1 - idle)
     speed = on.speed(samples, t) or float("inf")
     seconds += (3 if zero == 3 else 2) * grads / (p * t) * (samples - 1) / samples / speed
     model: Any = single.recipe.model
