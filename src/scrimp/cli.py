@@ -112,6 +112,7 @@ def plan(
     ranks: Annotated[int, typer.Option(help="Devices that share each batch.", min=1)] = 1,
     fit: Annotated[str, typer.Option(help="Search what makes it fit into so much memory, such as 16GB.")] = "",
     each: Annotated[bool, typer.Option("--each", help="Plan it with every technique of the catalogue.")] = False,
+    layouts: Annotated[bool, typer.Option("--layouts", help="Search how --ranks devices should share it.")] = False,
     json_: AsJson = False,
 ) -> None:
     """Say what a run will need, before it runs: bytes, FLOPs, seconds."""
@@ -120,6 +121,8 @@ def plan(
     from scrimp.machines.machine import machine as find
     from scrimp.planning import plan as make
 
+    if layouts and (fit or each or html is not None or accelerated(machine)):
+        raise UserError("--layouts goes with --ranks, --machine and --json only.", "plan", "Leave the others out.")
     if sum((bool(fit), each, html is not None)) > 1 or (ranks > 1 and (fit or each)):
         fix = "Call it once for each."
         raise UserError("--fit, --each and --html do not go together, nor the first two with --ranks.", "plan", fix)
@@ -137,6 +140,12 @@ def plan(
     if fit:
         found = fitting.fit(loaded, on, size_of(fit), say=watch)
         typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
+        return
+    if layouts:
+        from scrimp import layouts as search
+
+        shared = search.search(loaded, on, ranks, say=watch)
+        typer.echo(json.dumps(search.as_json(shared), indent=1) if json_ else search.text(shared))
         return
     made = make(loaded, on, ranks=ranks)
     if each:

@@ -53,6 +53,10 @@ class Op:
     dtype: torch.dtype
     grouped: bool = False
     """Attention with fewer heads of keys than of queries."""
+    peers: int = 1
+    """Of a collective: ranks that take part."""
+    stride: int = 1
+    """Of a collective: from one of its ranks to the next."""
 
 
 def described(func: Any, args: Any, kwargs: Any, out: Any, module: str, phase: str) -> Op:
@@ -73,7 +77,9 @@ def described(func: Any, args: Any, kwargs: Any, out: Any, module: str, phase: s
         elif name in SCATTERS:
             op.read = op.written = moved([inputs[-1][0]])
     packet = getattr(torch.ops.aten, name.removeprefix("aten."), func.overloadpacket)
-    if name in PRODUCTS:
+    if func.namespace != "aten":
+        op.peers, op.stride = group_of(func, args, kwargs)
+    elif name in PRODUCTS:
         a, b = [t for t, write in inputs if not (write and overwritten(func))][-2:]
         op.shape, op.layout, op.dtype = product_shape(a, b), layout_of(a) + layout_of(b), a.dtype
         op.flops = 2.0 * prod(op.shape)
@@ -82,6 +88,20 @@ def described(func: Any, args: Any, kwargs: Any, out: Any, module: str, phase: s
     elif packet in flop_registry:
         op.flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
     return op
+
+
+def group_of(func: Any, args: Any, kwargs: Any) -> tuple[int, int]:
+    """(ranks that take part in a collective, distance from one to the next)."""
+    from torch.distributed import ProcessGroup, distributed_c10d
+
+    given = dict(_named(func, args, kwargs))
+    group: Any = None
+    if "process_group" in given:
+        group = ProcessGroup.unbox(given["process_group"])
+    elif "group_name" in given:
+        group = distributed_c10d._resolve_process_group(given["group_name"])  # pyright: ignore
+    ranks = [0] if group is None else distributed_c10d.get_process_group_ranks(group)
+    return len(ranks), ranks[1] - ranks[0] if len(ranks) > 1 else 1
 
 
 def arguments(func: Any, args: Any, kwargs: Any) -> tuple[list[tuple[Tensor, bool]], list[Tensor]]:

@@ -29,11 +29,11 @@ from scrimp.errors import UserError
 from scrimp.launching import spread
 from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
-from scrimp.machines.timing import step_seconds
+from scrimp.machines.timing import step_seconds, waiting
 from scrimp.meter import weights
 from scrimp.ops import Op
 from scrimp.plain import tokens_of
-from scrimp.ranks import pretended, sent
+from scrimp.ranks import links, pretended, sending, sent
 from scrimp.run import Run, build
 from scrimp.stages import new_clock, stage_end, validation_batches
 from scrimp.technique import Cost
@@ -76,6 +76,10 @@ class StagePlan:
     """Of the parameters, those that are held in four bits."""
     sent: int = 0
     """Bytes that each rank sends in a step."""
+    sending: float = 0.0
+    """Of the seconds, those in which it sends."""
+    waiting: float = 0.0
+    """Of the seconds, those in which it waits for ranks that compute."""
 
     def flops(self) -> dict[str, float]:
         """Phase -> FLOPs of a step."""
@@ -136,13 +140,19 @@ class CannotPlanError(UserError):
 
 
 def plan(
-    recipe: Recipe, on: Machine | str = "here", data: Any = None, ranks: int = 1, clock: Clock | None = None
+    recipe: Recipe,
+    on: Machine | str = "here",
+    data: Any = None,
+    ranks: int = 1,
+    clock: Clock | None = None,
+    rank: int = 0,
 ) -> Plan:
     """Plan a recipe for a machine.
 
     Args:
         data: an opened data set; by default the recipe's, or its outline where it is not built yet.
         ranks: devices in the recipe's mesh; figures of memory and time are those of one.
+        rank: the one of them that is planned.
         clock: where a resumed run goes on; the start of the run by default.
     Raises:
         UserError: where training would raise it too.
@@ -157,7 +167,7 @@ def plan(
     clock = Clock(**clock.state()) if clock is not None else new_clock(recipe, data)
     carried: State | None = None
     decisions: dict[str, Any] = {}
-    with pretended(ranks):
+    with pretended(ranks, rank):
         world = arranged(recipe.mesh, device)
         while True:
             dry = DryRun(local, target, data, clock, world, carried)
@@ -188,8 +198,7 @@ def _notes(given: Recipe, target: Machine, data: Any, ranks: int) -> list[str]:
         notes.append(f"Times rest on assumed rates: {here}.")
     if ranks > 1 and not any(t.card.axes for t in given.techniques):
         notes.append("No technique shards anything: every rank holds a replica, and gradients are summed.")
-    if ranks > 1 and not target.link:
-        notes.append(f"The speed of {target.name}'s links is not known: communication takes no time in this plan.")
+    notes += links(target, ranks)
     notes += emulated({t.name: t.card for t in given.techniques}, target.device)
     return [note for note in notes if note]
 
@@ -237,12 +246,12 @@ class DryRun:
         decisions = self._decided(run)
         moment, line = peak(trace)
         seconds, slowest = step_seconds(step, self.target, cost.fused)
-        volume = sent(step, self.world.size)
-        seconds += cost.seconds + (volume / self.target.link if self.target.link else 0.0)
+        waits, sends = waiting(step, self.target, cost), sending(step, self.target)
+        seconds += cost.seconds + waits + sends
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
             clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest,
-            *weights(run.model), volume,
+            *weights(run.model), sent(step), sends, waits,
         )  # fmt: skip
         with self.mode:
             state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())

@@ -5,7 +5,8 @@ Of N ranks each sends, for a tensor of S bytes in all:
 
     all-reduce 2 (N - 1) / N S        all-gather, reduce-scatter, all-to-all (N - 1) / N S        others S
 
-Time is volume over the link's speed, without overlap with computation.
+where N are the ranks of the collective's group. Time is volume over the speed of the links between them, without
+overlap with computation.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING
 from scrimp.errors import UserError
 
 if TYPE_CHECKING:
-    from scrimp.trace import Op
+    from scrimp.machines.machine import Machine
+    from scrimp.ops import Op
 
 
 @contextmanager
-def pretended(ranks: int) -> Generator[None]:
-    """A process group of so many ranks of which only this one exists; nothing is sent.
+def pretended(ranks: int, rank: int = 0) -> Generator[None]:
+    """A process group of so many ranks of which only one exists; nothing is sent.
 
     Raises:
         UserError: inside a real process group.
@@ -35,24 +37,44 @@ def pretended(ranks: int) -> Generator[None]:
 
     if dist.is_initialized():
         raise UserError("a process group is running already.", "--ranks", "Plan outside of torchrun.")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def sent(ops: Sequence[Op], ranks: int) -> int:
+def sent(ops: Sequence[Op]) -> int:
     """Bytes that each rank sends in a step."""
-    found = [op for op in ops if op.name.startswith(("c10d.", "_c10d_functional."))] if ranks > 1 else []
-    return int(sum(volume(op, ranks) for op in found))
+    return int(sum(volume(op) for op in ops))
 
 
-def volume(op: Op, ranks: int) -> float:
+def sending(ops: Sequence[Op], on: Machine) -> float:
+    """Seconds that a rank sends in a step; links whose speed is not known take none."""
+    moved = [(volume(op), on.speed(op.peers, op.stride, alone=op.name.endswith(".send"))) for op in ops if op.peers > 1]
+    return sum(size / speed for size, speed in moved if speed)
+
+
+def volume(op: Op) -> float:
     """Bytes that each rank sends for one collective."""
-    size = max(op.read, op.written)
+    size, others = max(op.read, op.written), (op.peers - 1) / op.peers
     if "allreduce" in op.name or "all_reduce" in op.name:
-        return 2 * (ranks - 1) / ranks * size
+        return 2 * others * size
     if any(word in op.name for word in ("gather", "scatter", "alltoall", "all_to_all")):
-        return (ranks - 1) / ranks * size
-    return 0.0 if any(word in op.name for word in ("wait", "barrier", "recv")) else float(size)
+        return others * size
+    unsent = any(word in op.name for word in ("wait", "barrier", "recv"))
+    return 0.0 if op.peers == 1 or unsent else float(size)
+
+
+def links(on: Machine, ranks: int) -> list[str]:
+    """What is not known of the links that so many ranks send over: sentences."""
+    free = "communication takes no time in this plan."
+    if ranks == 1:
+        return []
+    if not on.link:
+        return [f"The speed of {on.name}'s links is not known: {free}"]
+    if not on.node:
+        return [f"How many {on.name} a machine holds is not known: links are taken to be those inside of one."]
+    if ranks > on.node and not on.network:
+        return [f"The speed of {on.name}'s links between machines is not known: there {free}"]
+    return []

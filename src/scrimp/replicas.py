@@ -89,9 +89,7 @@ def _sum_gradients(weights: Sequence[nn.Parameter], group: Any) -> None:
     """Sum gradients over ranks that hold the same weights; what has none on any rank gets none."""
     if not weights:
         return
-    held = torch.tensor([p.grad is not None for p in weights], device=weights[0].device).int()
-    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX, group=group)
-    moving = [p for p, some in zip(weights, held.tolist(), strict=True) if some]
+    moving = [p for p, some in zip(weights, _held_anywhere(weights, group), strict=True) if some]
     for p in moving:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     for grads in same_kind([p.grad for p in moving if p.grad is not None]):
@@ -99,6 +97,16 @@ def _sum_gradients(weights: Sequence[nn.Parameter], group: Any) -> None:
         torch.distributed.all_reduce(flat, group=group)
         for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(piece.view_as(grad))
+
+
+def _held_anywhere(weights: Sequence[nn.Parameter], group: Any) -> list[bool]:
+    """Which weights have a gradient on some rank; tensors without values say so for this one only."""
+    mine = [p.grad is not None for p in weights]
+    if isinstance(weights[0], FakeTensor):
+        return mine
+    held = torch.tensor(mine, device=weights[0].device).int()
+    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX, group=group)
+    return [bool(some) for some in held.tolist()]
 
 
 @contextmanager

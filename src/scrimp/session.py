@@ -23,7 +23,7 @@ from scrimp.run import Run
 from scrimp.sharding import whole
 from scrimp.stages import shared
 from scrimp.tasks.sums import evaluated
-from scrimp.world import ALONE, World
+from scrimp.world import ALONE, SAMPLES, World
 
 if TYPE_CHECKING:
     from scrimp.technique import Batch, State
@@ -122,7 +122,7 @@ def _scores(run: Run, session: Session) -> dict[str, float]:
     task, batches = run.task, session.validation
     assert run.evaluate is not None
     if shared(run):
-        return run.evaluate(lambda model: evaluated(task, model, batches, run.world.total))
+        return run.evaluate(lambda model: evaluated(task, model, batches, lambda part: run.world.total(part, *SAMPLES)))
     return run.evaluate(lambda model: task.evaluate(model, batches))
 
 

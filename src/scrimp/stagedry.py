@@ -44,13 +44,22 @@ def planned(run: Run, stages: Stages, order: str, wanted: int, where: str) -> Ba
             key = (action.stage, action.part)
             if action.kind == "F":
                 left[key] = own[action.stage](came[key], **pieces[action.part])
+                _send(run, left[key], stages, action.stage + 1)
             elif action.kind != "W":
                 out = left.pop(key)
                 out.backward(grads[key] if out.ndim else None)
+                _send(run, came[key], stages, action.stage - 1)
         del stash
         return loss
 
     return backward
+
+
+def _send(run: Run, states: Tensor, stages: Stages, to: int) -> None:
+    """States, or as many gradients, to another rank's stage; there may be none."""
+    place = stages.ranks[to] if 0 <= to < len(stages.ranks) else run.world.place("pipeline")
+    if place != run.world.place("pipeline"):
+        torch.distributed.send(states.detach(), group=run.world.group("pipeline"), group_dst=place)
 
 
 def _states(run: Run, batch: Batch) -> Tensor:

@@ -155,6 +155,8 @@ class Cost:
     """Held during steps, on top of live tensors."""
     fused: bool = False
     """Whether a compiler joins neighboring memory-bound operators of a block."""
+    idle: float = 0.0
+    """Share of forward and backward passes in which a rank waits for others."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,10 @@ class Machine:
     """Bytes/s of its memory."""
     link: float = 0.0
     """Bytes/s to another device of the same machine, in one direction; 0 when unknown."""
+    node: int = 0
+    """Devices of one machine; 0 when unknown, and then all are taken to be in one."""
+    network: float = 0.0
+    """Bytes/s from each device to other machines, in one direction; 0 when unknown."""
     power: float | None = None
     """Watts at full load."""
     overhead: float = 5e-6
@@ -53,14 +57,29 @@ class Machine:
         """Whether times rest on measurements."""
         return self.rates is not None
 
+    def speed(self, peers: int, stride: int, alone: bool = False) -> float:
+        """Bytes/s that each of some ranks sends to the others; 0 when unknown.
+
+        Ranks are numbered machine by machine. Those of a group that are in one machine send to others through the
+        adapters of all of them, as rings of collectives do.
+
+        Args:
+            peers: how many ranks.
+            stride: from one of them to the next.
+            alone: whether each sends to a single other rank.
+        """
+        if not self.node or peers * stride <= self.node:
+            return self.link
+        return min(self.link, self.network * (1 if alone else max(1, self.node // stride)))
+
 
 def _gpu(name: str, memory: float, half: float, single: float, bandwidth: float, watts: float, link: float,
-         bf16: bool = True) -> Machine:  # fmt: skip
+         node: int = 0, network: float = 0.0, bf16: bool = True) -> Machine:  # fmt: skip
     flops = {"float16": half * T, "float32": single * T}
     if bf16:
         flops["bfloat16"] = half * T
     return Machine(name=name, device="cuda", memory=int(memory * GIB), flops=flops, bandwidth=bandwidth * GB,
-                   power=watts, link=link * GB)  # fmt: skip
+                   power=watts, link=link * GB, node=node, network=network * GB)  # fmt: skip
 
 
 def _apple(name: str, memory: float, single: float, bandwidth: float) -> Machine:
@@ -68,17 +87,18 @@ def _apple(name: str, memory: float, single: float, bandwidth: float) -> Machine
     return Machine(name=name, device="mps", memory=int(memory * GIB), flops=flops, bandwidth=bandwidth * GB)
 
 
-# Half-precision products accumulate in float32. Links: NVLink in one direction, or PCIe.
+# Half-precision products accumulate in float32. Links: NVLink in one direction, or PCIe. Machines and their networks
+# are those of the maker's DGX: 8 x 400 Gb/s for 8 H100 or H200, 8 x 200 Gb/s for 8 A100, 4 x 100 Gb/s for 8 V100.
 KNOWN: Final[dict[str, Machine]] = {
     m.name: m
     for m in (
-        _gpu("H100", 80, 989.5, 67.0, 3350, 700, 450),
-        _gpu("H200", 141, 989.5, 67.0, 4800, 700, 450),
-        _gpu("A100-40", 40, 312.0, 19.5, 1555, 400, 300),
-        _gpu("A100-80", 80, 312.0, 19.5, 2039, 400, 300),
+        _gpu("H100", 80, 989.5, 67.0, 3350, 700, 450, 8, 50),
+        _gpu("H200", 141, 989.5, 67.0, 4800, 700, 450, 8, 50),
+        _gpu("A100-40", 40, 312.0, 19.5, 1555, 400, 300, 8, 25),
+        _gpu("A100-80", 80, 312.0, 19.5, 2039, 400, 300, 8, 25),
         _gpu("L40S", 48, 362.0, 91.6, 864, 350, 32),
         _gpu("L4", 24, 121.0, 30.3, 300, 72, 32),
-        _gpu("V100", 32, 125.0, 15.7, 900, 300, 150, bf16=False),
+        _gpu("V100", 32, 125.0, 15.7, 900, 300, 150, 8, 6.25, bf16=False),
         _gpu("T4", 16, 65.0, 8.1, 320, 70, 16, bf16=False),
         _gpu("RTX3090", 24, 71.0, 35.6, 936, 350, 32),
         _gpu("RTX4090", 24, 165.2, 82.6, 1008, 450, 32),
@@ -144,7 +164,9 @@ def _cuda_here() -> Machine:
     rates, like = remembered("cuda"), alike(torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
     if rates is not None:
         return Machine(name="here", device="cuda", memory=memory, flops=rates.flops(), bandwidth=rates.bandwidth(),
-                       power=like.power if like else None, link=like.link if like else 0.0, rates=rates)  # fmt: skip
+                       power=like.power if like else None, link=like.link if like else 0.0,
+                       node=like.node if like else 0, network=like.network if like else 0.0,
+                       rates=rates)  # fmt: skip
     if like is not None:
         return replace(like, name="here", memory=memory)
     return Machine(name="here", device="cuda", memory=memory, flops={"float32": 1e13}, bandwidth=3e11)

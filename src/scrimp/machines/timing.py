@@ -14,6 +14,7 @@ from typing import Final
 
 from scrimp.machines.machine import PRODUCTS, STREAM, Machine
 from scrimp.ops import Op
+from scrimp.technique import Cost
 
 
 def step_seconds(ops: Sequence[Op], machine: Machine, fused: bool = False) -> tuple[float, list[tuple[str, float]]]:
@@ -37,6 +38,12 @@ def step_seconds(ops: Sequence[Op], machine: Machine, fused: bool = False) -> tu
     elif machine.device != "cpu":
         total = max(total, len(ops) * machine.overhead)
     return total, [(name, float(time)) for name, time in spent.most_common(8)]
+
+
+def waiting(ops: Sequence[Op], machine: Machine, cost: Cost) -> float:
+    """Seconds of a step in which a rank waits for others: a share of its passes, not of its update."""
+    passes = [op for op in ops if op.phase != "update"] if cost.idle else []
+    return step_seconds(passes, machine, cost.fused)[0] * cost.idle / (1 - cost.idle) if passes else 0.0
 
 
 def roofline(op: Op, machine: Machine) -> float:

@@ -31,18 +31,19 @@ compare all items of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from scrimp.errors import UserError
 from scrimp.pipelined import Pipeline as Engine
+from scrimp.pipelined import micro_batches
 from scrimp.stagedry import DryRelay, planned, valueless
 from scrimp.stagewise import Relay, Stages, balanced, check_model, empty, holders, parts_of, placed, work
 from scrimp.stashing import Stashed
-from scrimp.technique import Card, Technique, at_least
-from scrimp.timetable import SINGLE
+from scrimp.technique import Card, Cost, Technique, at_least
+from scrimp.timetable import SINGLE, actions, idle, timed
 from scrimp.world import SAMPLES
 
 if TYPE_CHECKING:
@@ -127,6 +128,15 @@ class Pipeline(Technique):
             return evaluate(lambda model: job(relay(check_model(model, run.where(self)), stages, run.world)))
 
         return relayed
+
+    def price(self, cost: Cost, run: Run) -> Cost:
+        """Ranks wait while the pipeline fills and drains, as if all stages were as fast as this rank's."""
+        ranks = run.world.ranks("pipeline")
+        if ranks == 1 or self.order == "2bw":
+            return cost
+        stages, size = len(run.plans[self.name].parts), run.recipe.batch // run.world.ranks(*SAMPLES)
+        parts = micro_batches(self.micro_batches, size, stages, run.world, self.order, run.where(self))
+        return replace(cost, idle=idle(timed(actions(self.order, ranks, parts, stages // ranks))))
 
     def _check_whole(self, run: Run) -> None:
         """Whether others shard the weights that stages are made of, or finish gradients that this order splits."""
