@@ -69,7 +69,6 @@ def recipe(techniques: dict[str, Any], mesh: dict[str, int], **more: Any) -> Any
 def parity(layout: str) -> dict[str, Any]:
     """On each rank: the difference from one process, whose result a file holds."""
     import torch
-    import torch.distributed as dist
 
     from scrimp.sharding import whole
     from scrimp.training import train
@@ -83,7 +82,7 @@ def parity(layout: str) -> dict[str, Any]:
         return {}
     wanted = torch.load(place)
     gap = max(float((found[n] - t).abs().max() / t.abs().max()) for n, t in wanted["state"].items() if n in found)
-    return {"difference": gap, "loss": abs(result.validation["loss"] - wanted["loss"]), "ranks": dist.get_world_size()}
+    return {"difference": gap, "loss": abs(result.validation["loss"] - wanted["loss"])}
 
 
 def small(layout: str) -> Any:
@@ -192,14 +191,30 @@ def _ranks(parent: int) -> dict[int, int]:
     return found
 
 
-def ranked(job: str, layout: str, ranks: int) -> dict[str, Any]:
-    """A job on so many ranks: the first one's answer, with the largest of each number."""
+def ranked(job: str, ranks: int) -> list[dict[str, Any]]:
+    """A job on so many ranks, for all layouts that have them; one start of processes, as a start takes seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    done = subprocess.run([*command, __file__, "--job", job, "--layout", layout], capture_output=True, text=True)
-    if done.returncode:
-        return {"error": done.stderr.strip()[-400:]}
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {key: max(one[key] for one in told) for key in told[0]}
+    done = subprocess.run([*command, __file__, "--job", job], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def on_a_rank(job: str) -> None:
+    """The first rank prints a row for each layout, with the largest number of any rank."""
+    import torch.distributed as dist
+
+    from scrimp.world import joined
+
+    rows: list[dict[str, Any]] = []
+    with joined():
+        ranks = dist.get_world_size()
+        for layout in (name for name, (_, _, counts) in LAYOUTS.items() if ranks in counts):
+            told: list[Any] = [None] * ranks
+            dist.all_gather_object(told, {"parity": parity, "memory": memory}[job](layout))
+            rows.append({"layout": layout, "ranks": ranks} | {key: max(one[key] for one in told) for key in told[0]})
+            if dist.get_rank() == 0:
+                print(rows[-1], file=sys.stderr, flush=True)
+        if dist.get_rank() == 0:
+            print(json.dumps(rows), flush=True)
 
 
 def main() -> None:
@@ -208,15 +223,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("parity", "memory", "clusters", "killed"))
     parser.add_argument("--times", type=int, default=10, help="how often a rank is killed")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    parser.add_argument("--layout", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if args.job:
-        from scrimp.world import joined
-
-        with joined():
-            print(json.dumps({"parity": parity, "memory": memory}[args.job](args.layout)), flush=True)
+        on_a_rank(args.job)
         return
     found: dict[str, Any] = json.loads(EVIDENCE.read_text()) if EVIDENCE.exists() else {}
     found["environment"] = environment()
@@ -233,18 +244,14 @@ def measured(what: str, times: int) -> list[dict[str, Any]]:
         return killed(times)
     from scrimp.planning import plan
 
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         os.environ["SCRIMP_ALONE"] = str(Path(place) / "alone.pt")
         if what == "parity":
             parity("")
-        for layout, (_, _, counts) in LAYOUTS.items():
-            for ranks in counts:
-                row = {"layout": layout, "ranks": ranks} | ranked(what, layout, ranks)
-                if what == "memory":
-                    row["planned"] = plan(small(layout), "here", ranks=ranks).live
-                rows.append(row)
-                print(row, flush=True)
+        rows = sorted(ranked(what, 2) + ranked(what, 4), key=lambda row: list(LAYOUTS).index(row["layout"]))
+    if what == "memory":
+        for row in rows:
+            row["planned"] = plan(small(row["layout"]), "here", ranks=row["ranks"]).live
     return rows
 
 
