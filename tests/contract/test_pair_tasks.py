@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A list of pairs, with pictures."""
     folder = tmp_path_factory.mktemp("pairs")
     lines: list[str] = []
-    image: Any = pytest.importorskip("PIL.Image")
+    image: Any = import_module("PIL.Image")
     for i in range(60):
         colors = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         image.fromarray(colors).resize((18, 18)).save(folder / f"{i}.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_a_record_is_a_document(tmp_path: Path, name: str) -> None:
     if name == "t.jsonl":
         lines(path, *({"body": row, "id": 1} for row in rows))
     else:
-        pyarrow = pytest.importorskip("pyarrow")
+        pyarrow = import_module("pyarrow")
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.table({"body": rows, "id": [1] * 5}), path)
@@ -64,7 +65,7 @@ def test_a_record_is_a_document(tmp_path: Path, name: str) -> None:
 
 
 def test_a_column_may_be_a_dictionary_or_not_be_unicode(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = import_module("pyarrow")
     from pyarrow import parquet
 
     latin = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"caf\xe9", b"tea"]).buffers())

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from scrimp.data.image_text import ImageTextData
 from scrimp.data.pictures import decoded
 from scrimp.errors import UserError
 
-Image: Any = pytest.importorskip("PIL.Image")
+Image: Any = import_module("PIL.Image")
 PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "deviation": (1.0, 1.0, 1.0)}
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import struct
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scrimp.data.pictures import UnreadableError, decoded
 from scrimp.data.pixels import Pixels, changed
 from scrimp.errors import UserError
 
-Image = pytest.importorskip("PIL.Image")
+Image = import_module("PIL.Image")
 X = np.random.default_rng(0).integers(0, 256, (40, 6, 6), dtype=np.uint8)
 Y = np.arange(40) % 4
 
@@ -98,7 +99,7 @@ def test_idx_files_and_a_source_of_their_own_for_testing(zipped: bool, tmp_path:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_parquet(wrapped: bool, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = import_module("pyarrow")
     from pyarrow import parquet
 
     images = [{"bytes": png(x), "path": None} if wrapped else png(x) for x in X]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_a_folders_own_template_is_used(tmp_path: Path) -> None:
 
 
 def test_what_is_learned_is_what_transformers_marks(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_module("transformers")
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
         "{% generation %}{{ m['content'] + '<|im_end|>' + '\n' }}{% endgeneration %}"
@@ -180,7 +181,7 @@ def table(place: Path, kind: str, records: list[dict[str, Any]]) -> Path:
             writer.writeheader()
             writer.writerows(records)
         return place
-    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow = import_module("pyarrow")
     made = pyarrow.Table.from_pylist(records)
     if kind == "parquet":
         from pyarrow import parquet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def written(path: Path, rows: list[tuple[str, ...]] = ROWS, names: tuple[str, ..
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
     elif path.suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
+        pyarrow = import_module("pyarrow")
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.Table.from_pylist(records), path)

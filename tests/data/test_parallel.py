@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_formats_hold_the_same(kind: str, tmp_path: Path) -> None:
         jsonl(path, [{"translation": {"en": r["source"], "de": r["target"]}} for r in rows()])
         changes = {"read": "translation.en", "write": "translation.de"}
     else:
-        arrow = pytest.importorskip("pyarrow")
+        arrow = import_module("pyarrow")
         from pyarrow import parquet
 
         path = tmp_path / "p.parquet"
@@ -129,7 +130,7 @@ def test_bytes_that_are_no_text_are_faults_in_a_table(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_no_text_are_faults_in_parquet(tmp_path: Path) -> None:
-    arrow = pytest.importorskip("pyarrow")
+    arrow = import_module("pyarrow")
     from pyarrow import parquet
 
     sources = arrow.array([r["source"].encode() for r in rows()] + [b"\xff"]).view(arrow.string())

@@ -42,6 +42,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "tensor x zero": {"tensor": {}, "zero": {}},
     "pipeline x replicate": {"pipeline": {}, "replicate": {}},
     "pipeline x tensor": {"pipeline": {}, "tensor": {}},
+    "interleaved x tensor": {"pipeline": {"order": "interleaved"}, "tensor": {"sequence": False}},
 }
 MESHES: dict[str, dict[str, int]] = {
     "zero, replicated": {"replica": 2, "data": 2},
@@ -52,6 +53,7 @@ MESHES: dict[str, dict[str, int]] = {
     "context x tensor": {"context": 2, "tensor": 2, "data": 1},
     "pipeline x replicate": {"pipeline": 2, "data": 2},
     "pipeline x tensor": {"pipeline": 2, "tensor": 2, "data": 1},
+    "interleaved x tensor": {"pipeline": 2, "tensor": 2, "data": 1},
 }
 """Layouts of four ranks; others have all ranks along one axis."""
 

@@ -11,7 +11,9 @@ import torch
 
 from distributed.jobs import LAYOUTS, apart, made, measured, mesh, state
 from distributed.ranks import together
+from scrimp.errors import UserError
 from scrimp.planning import plan
+from scrimp.registry import technique_class
 from scrimp.training import train
 from tiny import example
 
@@ -31,6 +33,13 @@ def test_each_layout_gives_the_numbers_of_one_process(files: Path, ranks: int) -
     for name, (difference, loss) in found.items():
         assert difference < 1e-12, name
         assert loss == pytest.approx(alone.validation["loss"], rel=1e-12), name
+
+
+def test_tokens_are_not_shared_between_stages_that_a_rank_has_several_of() -> None:
+    stages, axes = technique_class("pipeline")(order="interleaved"), {"pipeline": 2, "tensor": 2, "data": 1}
+    shared = made(stages, technique_class("tensor")(), mesh=axes)
+    with pytest.raises(UserError, match=r"tensor\.sequence.*2 stages.*Set it to false"):
+        plan(shared, "here", ranks=4)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

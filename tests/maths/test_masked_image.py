@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_names_of_the_encoder_are_those_of_vision() -> None:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    datasets = pytest.importorskip("sklearn.datasets")
+    datasets = import_module("sklearn.datasets")
     x, y = datasets.load_digits(return_X_y=True)
     path = tmp_path_factory.mktemp("digits") / "digits.npz"
     np.savez(path, x=(x.reshape(-1, 8, 8) * 15).astype(np.uint8), y=y)

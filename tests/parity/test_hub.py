@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from scrimp.models.presets import KINDS, PRESETS
 from scrimp.models.transformer import Transformer, TransformerConfig
 from scrimp.weights import initialize, load_weights, materialize
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 Recorder = Callable[[str, object], None]
 
 SIZE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

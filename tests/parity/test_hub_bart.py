@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from scrimp.models.generate import respond
 from scrimp.models.presets import PRESETS, kind_of
 from scrimp.weights import initialize
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 Recorder = Callable[[str, object], None]
 
 SIZE = {"vocab_size": 96, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from scrimp.models.presets import PRESETS
 from scrimp.models.two_towers import TwoTowers, TwoTowersConfig
 from scrimp.weights import initialize
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 Recorder = Callable[[str, object], None]
 
 TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from scrimp.inference import continue_text, export
 from scrimp.training import train
 from tiny import MODEL, example, recipe
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 LLAMA = {**MODEL, "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from scrimp.restore import adopted
 from scrimp.tasks.masked_image import MaskedImage
 from scrimp.weights import initialize
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 Recorder = Callable[[str, object], None]
 
 SIZE: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from scrimp.techniques.tuning.prompt import Prompt
 from tiny import keep, recipe, run_of
 from tiny_tasks import Memory
 
-transformers: Any = pytest.importorskip("transformers")
+transformers: Any = import_module("transformers")
 Recorder = Callable[[str, object], None]
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 """Of peft, about transformers."""

@@ -88,7 +88,7 @@ def _apple(name: str, memory: float, single: float, bandwidth: float) -> Machine
 
 
 # Half-precision products accumulate in float32. Links: NVLink in one direction, or PCIe. Machines and their networks
-# are those of the maker's DGX: 8 x 400 Gb/s for 8 H100 or H200, 8 x 200 Gb/s for 8 A100, 4 x 100 Gb/s for 8 V100.
+# are those of the maker's DGX: 8 adapters of 400 Gb/s for 8 H100 or H200, 8 of 200 Gb/s for 8 A100.
 KNOWN: Final[dict[str, Machine]] = {
     m.name: m
     for m in (
@@ -98,7 +98,7 @@ KNOWN: Final[dict[str, Machine]] = {
         _gpu("A100-80", 80, 312.0, 19.5, 2039, 400, 300, 8, 25),
         _gpu("L40S", 48, 362.0, 91.6, 864, 350, 32),
         _gpu("L4", 24, 121.0, 30.3, 300, 72, 32),
-        _gpu("V100", 32, 125.0, 15.7, 900, 300, 150, 8, 6.25, bf16=False),
+        _gpu("V100", 32, 125.0, 15.7, 900, 300, 150, bf16=False),
         _gpu("T4", 16, 65.0, 8.1, 320, 70, 16, bf16=False),
         _gpu("RTX3090", 24, 71.0, 35.6, 936, 350, 32),
         _gpu("RTX4090", 24, 165.2, 82.6, 1008, 450, 32),

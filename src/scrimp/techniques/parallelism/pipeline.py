@@ -96,6 +96,7 @@ class Pipeline(Technique):
         self._check_whole(run)
         net = check_model(model, where)
         stages = self._stages(net, run)
+        self._check_tokens(len(stages.of(run.world.place("pipeline"))), run)
         run.plans[self.name] = stages
         run.elsewhere = empty(net, [stages.parts[stage] for stage in stages.of(run.world.place("pipeline"))])
         return net
@@ -147,6 +148,14 @@ class Pipeline(Technique):
             if "head loss" in other.card.sets and self.order in ("zero_bubble", "zbv"):
                 what = f"`{other.name}` finishes all gradients in one pass, which {self.order} splits in two."
                 raise UserError(what, f"{run.where(self)}.order", f"Choose another order, or drop `{other.name}`.")
+
+    def _check_tokens(self, held: int, run: Run) -> None:
+        """Whether others share the tokens between a rank's first and last block, as if all between were here."""
+        for other in run.order.techniques:
+            shares = "tensor parallelism" in other.card.sets and getattr(other, "sequence", False)
+            if held > 1 and shares and run.world.ranks("tensor") > 1:
+                what = f"it shares tokens from a rank's first block to its last, and here a rank has {held} stages."
+                raise UserError(what, f"{run.where(other)}.sequence", "Set it to false, or have one stage a rank.")
 
     def _check_beside(self, run: Run) -> None:
         """Whether others would take a gradient of the batch before for this one's."""
