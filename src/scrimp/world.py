@@ -38,6 +38,8 @@ SAMPLES: Final = ("replica", "data")
 """Axes whose ranks see different samples of a batch."""
 PARTS: Final = (*SAMPLES, "context")
 """Axes whose ranks see different parts of a batch: what they compute of it, and its gradients, must be summed."""
+JOINED: Final = (SAMPLES, PARTS, ("data", "context"))
+"""Axes that are asked for as one."""
 WAIT: Final = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
 
@@ -166,7 +168,12 @@ def arranged(mesh: Mesh, device: str) -> World:
     if size == 1:
         return ALONE
     axes = {axis: count for axis, count in shape.items() if count > 1}
-    return World(dist.get_rank(), size, init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes)))
+    world = World(dist.get_rank(), size, init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes)))
+    for together in JOINED:
+        # Now, as joining looks at numbers of ranks: a dry run's tensors have none.
+        if world.ranks(*together) > 1:
+            world.along(*together)
+    return world
 
 
 def sizes(mesh: Mesh, ranks: int) -> dict[str, int]:

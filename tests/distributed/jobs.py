@@ -205,21 +205,22 @@ def crowds() -> dict[str, float]:
 def live() -> dict[str, int]:
     """layout -> the highest live bytes of a rank."""
     found: dict[str, int] = {}
-    for name in MEMORY:
+    for name in (name for name in layouts() if name in MEMORY):
         with LiveBytes() as meter:
             train(measured(name), save=False, force=True)
         found[name] = meter.peak
     return found
 
 
-MEMORY = ("replicate", "zero, stage 1", "zero, stage 2", "zero, stage 3")
+MEMORY = ("replicate", "zero, stage 1", "zero, stage 2", "zero, stage 3", "context x replicate")
 
 
 def measured(name: str) -> Recipe:
     """The recipe whose memory is planned and measured."""
     model = {"layers": 4, "width": 64, "heads": 4, "dropout": 0.1}
+    axes = MESHES.get(name, {})
     return recipe(example("adamw"), *layout(name), model=model, data=TinyData(context=32), batch=8, duration="3 step",
-                  sample={"tokens": 0}, validate={"every": 0})  # fmt: skip
+                  sample={"tokens": 0}, validate={"every": 0}, mesh=axes)  # fmt: skip
 
 
 def saved() -> str:
