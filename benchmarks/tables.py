@@ -350,7 +350,8 @@ WRITERS: Final[dict[str, Callable[[], str]]] = {
     **{name: partial(other, "tables_sparse", name.replace("-", "_")) for name in ("spgemm", "two-four")},
     **{name: partial(other, "tables_machines", name) for name in ("machines", "accelerators")},
     **{name: partial(other, "tables_parallel", name.replace("-", "_"))
-       for name in ("parallel", "parallel-memory", "parallel-clusters", "parallel-killed")},
+       for name in ("parallel", "parallel-memory", "parallel-clusters", "parallel-killed", "pipeline",
+                    "pipeline-charts")},
 }  # fmt: skip
 
 
