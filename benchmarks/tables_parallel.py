@@ -74,7 +74,7 @@ def pipeline_charts() -> str:
 
 
 def timetable(order: str, rows: list[list[Action]]) -> str:
-    """A line a rank: forward passes empty, backward passes blue, those of weights alone green; numbers are micro-batches."""
+    """A line a rank, a number a micro-batch: forward passes empty, backward ones blue, those of weights alone green."""
     left, end = 40, max(a.end for row in rows for a in row)
     scale = (WIDTH - left - 4) / end
     drawn: list[str] = []
