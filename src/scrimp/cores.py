@@ -13,6 +13,7 @@ Legend of shapes: B batch, T tokens, S tokens that are attended to, H heads, K k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,9 +60,11 @@ class SparseCore(nn.Module):
         when: "always", or "evaluation": all pairs in training.
         before: (q, k, v) -> those that are used, in every call.
         watch: (q, k with H heads, seen); looks at each call of training that leaves gradients, whatever `when` says.
+            Rows of padding see nothing there.
         details: mask -> what a trace says beside it.
 
     Attributes:
+        itself: whether queries and keys are of the same tokens, so that padding of the ones is that of the others.
         tracing: whether calls without gradients leave a `trace`.
         kept: pairs that the last call of training kept and those that it saw, [2].
         due: losses that a training call leaves for the technique's `loss`.
@@ -80,6 +83,7 @@ class SparseCore(nn.Module):
         self.name, self.when = name, when
         self.select, self.before = select, before
         self.watch, self.details = watch, details
+        self.itself = True
         self.tracing = False
         self.trace: CoreTrace | None = None
         self.kept: Tensor | None = None
@@ -97,7 +101,7 @@ class SparseCore(nn.Module):
             return attended(q, k, v, causal, mask)
         seen, keys = visible(q, k, causal, mask), spread(k, q.shape[1])
         if watch is not None:
-            loss = watch(q.detach(), keys.detach(), seen)
+            loss = watch(q.detach(), keys.detach(), real(seen) if self.itself and mask is not None else seen)
             self.due += [] if loss is None or in_backward() else [loss]
         keep = seen
         if chooses:
@@ -170,6 +174,12 @@ def visible(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     return allowed & square if causal else allowed.expand(*allowed.shape[:2], *square.shape)
 
 
+def real(seen: Tensor) -> Tensor:
+    """What is seen [.., T, S] without the rows of padding: of queries that do not see their own token."""
+    own = seen.diagonal(seen.shape[-1] - seen.shape[-2], -2, -1)
+    return seen & own[..., None]
+
+
 def whole(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """A mask that broadcasts, as a view [B, H, T, S]."""
     return mask.expand(*q.shape[:3], k.shape[2])
@@ -190,10 +200,29 @@ def nonempty(keep: Tensor, seen: Tensor) -> Tensor:
     return torch.where(keep.any(-1, keepdim=True), keep, seen)
 
 
-def best(scores: Tensor, seen: Tensor, count: int = 1) -> Tensor:
-    """The highest scores of each row among the pairs seen: bool [B, H, T, S]; fewer in rows that see fewer."""
-    top = scores.masked_fill(~seen, float("-inf")).topk(min(count, scores.shape[-1]), -1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True) & seen
+def best(scores: Tensor, seen: Tensor, count: int = 1, each: Tensor | None = None) -> Tensor:
+    """The highest scores of each row among the pairs seen: bool [B, H, T, S]; fewer in rows that see fewer.
+
+    Args:
+        count: how many, or the most of `each`, which has how many of each sample, [B or 1, 1, 1].
+    """
+    count = min(count, scores.shape[-1])
+    top = scores.masked_fill(~seen, float("-inf")).topk(count, -1).indices
+    take = torch.ones_like(top, dtype=torch.bool)
+    if each is not None:
+        take &= torch.arange(count, device=top.device) < each[..., None]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, take) & seen
+
+
+def share_of(seen: Tensor, share: float) -> tuple[int, Tensor]:
+    """A share of the keys, rounded up, at least one: the most of any sample, and that of each, [B or 1, 1, 1].
+
+    A sample's keys are those that its widest row sees, so that its choice is the same however long others in the batch
+    are.
+    """
+    table = [max(1, math.ceil(share * count)) for count in range(seen.shape[-1] + 1)]
+    widest = seen.sum(-1).amax(-1, keepdim=True)
+    return table[-1], torch.tensor(table, device=seen.device)[widest]
 
 
 def replace_cores(model: nn.Module, pattern: str, where: str, make: Callable[[str, Any], nn.Module]) -> dict[str, Any]:
@@ -212,6 +241,8 @@ def replace_cores(model: nn.Module, pattern: str, where: str, make: Callable[[st
             fix = "Give the two techniques disjoint patterns."
             raise UserError(f"`{name}` has another attention core already.", where, fix)
         made[name] = attention.core = make(name, attention)
+        if isinstance(attention.core, SparseCore):
+            attention.core.itself = hasattr(attention, "qkv")
     return made
 
 

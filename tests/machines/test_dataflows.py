@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scrimp.errors import UserError
-from scrimp.machines.accelerators.architecture import accelerator
-from scrimp.machines.accelerators.dataflows import dota, elsa, gpu, outerspace, sanger, vitcod
+from scrimp.machines.accelerators.architecture import Accelerator, accelerator
+from scrimp.machines.accelerators.dataflows import dota, elsa, gpu, outerspace, sanger, spatten, vitcod
 from scrimp.machines.accelerators.report import simulate
-from scrimp.machines.accelerators.traces import AttentionTrace, MatmulTrace, ProductTrace
+from scrimp.machines.accelerators.traces import AttentionTrace, MatmulTrace, Predictor, ProductTrace
 
 ATTENDS = ("vitcod_released", "vitcod", "sanger", "sanger_v1", "sanger_v2", "dota", "a3", "a3_aggressive", "elsa",
            "elsa_base", "spatten", "v100", "a100_flash")  # fmt: skip
@@ -136,9 +136,10 @@ def test_columns_that_most_keep_are_dense() -> None:
     bits[:, :, 1] = True
     bits[0, 3, 5] = True
     machine = accelerator("vitcod_released")
-    assert vitcod.split(AttentionTrace.of(bits, head_width=16), machine) == [vitcod.Layer(1, 1, 8, 3, 16)]
+    trace = AttentionTrace.of(bits, head_width=16, predictor="vitcod")
+    assert vitcod.split(trace, machine) == [vitcod.Layer(1, 1, 8, 3, 16, ratio=2 / 3)]
     # The paper's machine looks at all heads.
-    assert vitcod.split(AttentionTrace.of(bits, head_width=16), accelerator("vitcod"))[0].sparse == 0
+    assert vitcod.split(trace, accelerator("vitcod"))[0].sparse == 0
 
 
 def test_tiles_read_what_a_loop_over_them_reads() -> None:
@@ -148,6 +149,124 @@ def test_tiles_read_what_a_loop_over_them_reads() -> None:
     for _ in range(0, n, keys):  # for each block of keys all queries, and sums, maxima and outputs in and out
         moved += n * d + 2 * n * d + 4 * n
     assert gpu.flash_numbers(n, d, fits) == moved
+
+
+def test_tiles_of_another_sequences_keys() -> None:
+    n, keys, d, fits = 40, 100, 8, 640
+    block = ceil(fits / (4 * d))
+    moved = 2 * keys * d + sum(3 * n * d + 4 * n for _ in range(0, keys, block))
+    assert gpu.flash_numbers(n, d, fits, keys=keys) == moved
+    report = simulate([AttentionTrace.dense(1, n, keys, d)], resized("a100_flash", sram=2 * fits))
+    assert report.bytes["memory"] == 2 * moved
+    with pytest.raises(UserError, match="narrower heads"):
+        simulate([AttentionTrace.dense(1, n, keys, 8)], resized("a100_flash", sram=60))
+
+
+def resized(name: str, **sizes: int) -> Accelerator:
+    """A machine with other buffers."""
+    machine = accelerator(name)
+    other = {key: machine.buffers[key].model_copy(update={"bytes": size}) for key, size in sizes.items()}
+    return machine.model_copy(update={"buffers": {**machine.buffers, **other}})
+
+
+@pytest.mark.parametrize(("name", "most"), [("a3", 320), ("a3_aggressive", 320), ("elsa", 512), ("elsa_base", 512),
+                                            ("spatten", 2048)])  # fmt: skip
+def test_a_design_that_holds_all_keys_refuses_more(name: str, most: int) -> None:
+    simulate([AttentionTrace.dense(1, 2, most, 64)], accelerator(name))
+    with pytest.raises(UserError, match=rf"holds {most:,} keys of 64 numbers .*not {most + 1:,}.*like: {name}"):
+        simulate([AttentionTrace.dense(1, 2, most + 1, 16)], accelerator(name))
+    with pytest.raises(UserError, match=r"heads of 64 numbers at most, not 65"):
+        simulate([AttentionTrace.dense(1, 2, 8, 65)], accelerator(name))
+    machine = accelerator(name)
+    doubled = {key: 2 * machine.buffers[key].bytes for key in ("keys", "values")}
+    simulate([AttentionTrace.dense(1, 2, most + 1, 64)], resized(name, **doubled))
+
+
+def test_spatten_holds_what_pruning_leaves() -> None:
+    bits = np.zeros((1, 2, 3000), bool)
+    bits[..., :2048] = True
+    assert simulate([AttentionTrace.of(bits, head_width=64)], accelerator("spatten")).parts["ranking"] > 0
+
+
+def test_dota_fetches_again_what_does_not_stay() -> None:
+    bits = mask(2, 8, 20, 0.3)
+    trace = AttentionTrace.of(bits, head_width=16)
+    d, item = 16, 2
+    every = 2 * (2 * 8 + 2 * 20) * d * item
+    assert simulate([trace], accelerator("dota")).bytes["memory"] == every
+    # Half of the memory holds five of the twenty keys, with their values.
+    small = resized("dota", sram=2 * 5 * 2 * d * item)
+    unions = sum(int(bits[h, i : i + 4].any(0).sum()) for h in range(2) for i in (0, 4))
+    moved = (2 * (2 * 8 + 2 * 5) + 2 * unions * 15 / 20) * d * item
+    assert simulate([trace], small).bytes["memory"] == pytest.approx(moved)
+
+
+def test_dota_detects_as_its_core_did() -> None:
+    wide = AttentionTrace.of(mask(1, 8, 8, 0.5), head_width=16, predictor=Predictor(kind="dota", bits=7, rank=8))
+    assert simulate([wide], accelerator("dota")).work["array8"] == 8 * 16 * 8 + 16 * 64 + 64 * 8
+
+
+def test_sanger_streams_keys_for_64_queries_at_a_time() -> None:
+    trace = AttentionTrace.of(mask(2, 130, 70, 0.2), head_width=16)
+    report = simulate([trace], accelerator("sanger"))
+    moved = sum(2 * 70 for _ in range(0, 130, 64)) + 2 * 130
+    assert report.bytes["memory"] == 2 * moved * 16 * 2
+    assert report.parts["predict"] == 2 * 3 * 2 * 16 + 128
+    assert any("how large sanger's buffers are" in note for note in report.notes)
+
+
+def test_tiles_that_are_not_packed_wait_for_their_fullest_row() -> None:
+    bits = mask(2, 70, 150, 0.3)
+    count = sum(max(ceil(bits[h, i, s : s + 64].sum() / 16) for i in range(first, min(first + 64, 70)))
+                for h in range(2) for first in (0, 64) for s in (0, 64, 128))  # fmt: skip
+    assert sanger.unpacked(AttentionTrace.of(bits, head_width=8), 64, 16) == count
+
+
+def test_vitcod_does_as_many_heads_at_once_as_its_buffers_hold() -> None:
+    bits = np.ones((4, 8, 8), bool)
+    trace = AttentionTrace.of(bits, head_width=16, predictor="vitcod")
+    assert [layer.heads for layer in vitcod.split(trace, accelerator("vitcod"))] == [4]
+    half = vitcod.split(trace, resized("vitcod", keys=2 * 8 * 16))
+    assert [(layer.heads, layer.ratio, layer.parts) for layer in half] == [(2, 1.0, 1)] * 2
+    whole = simulate([trace], accelerator("vitcod"))
+    assert simulate([trace], resized("vitcod", keys=2 * 8 * 16)).bytes["memory"] > whole.bytes["memory"]
+    # A third of a head's keys: queries are loaded three times.
+    third = resized("vitcod", keys=3 * 16)
+    assert [layer.parts for layer in vitcod.split(trace, third)] == [3] * 4
+    assert simulate([trace], third).bytes["memory"] == 4 * 8 * 16 * (3 + 1 + 1)
+    # The released simulator looks at no buffer.
+    assert vitcod.split(trace, resized("vitcod_released", keys=1))[0].heads == 4
+
+
+def test_vitcod_loads_all_heads_of_a_model_that_mixes_none() -> None:
+    bits = np.ones((4, 8, 8), bool)
+    loaded = {}
+    for said in (Predictor(), Predictor(kind="vitcod"), Predictor(kind="vitcod", ratio=0.5)):
+        report = simulate([AttentionTrace.of(bits, head_width=16, predictor=said)], accelerator("vitcod"))
+        loaded[said] = report.bytes["memory"] / (4 * 8 * 16)
+        assert (report.parts["decode"] > 0) == (said.kind == "vitcod")
+    assert list(loaded.values()) == pytest.approx([3, 7 / 3, 2])
+
+
+def test_rows_of_many_lists_are_merged_in_passes() -> None:
+    few, many = (ProductTrace(left=np.array([1]), right=np.array([1]), ways=np.array([ways, 2]),
+                              merged=np.array([500, 7]), nonzeros=1) for ways in (170, 171))  # fmt: skip
+    machine = accelerator("outerspace_events")
+    assert outerspace.merged_again(few, machine) == 0
+    assert outerspace.merged_again(many, machine) == 500
+    assert simulate([many], machine).bytes["memory"] - simulate([few], machine).bytes["memory"] == 24 * 500
+
+
+@pytest.mark.parametrize(("count", "rank"), [(6, 2), (7, 7), (9, 5), (1, 1)])
+def test_quickselect_on_average(count: int, rank: int) -> None:
+    """Against every order of its pivots, by recursion."""
+
+    def average(n: int, k: int) -> tuple[float, float]:
+        parts = [average(p - 1, k) if k < p else average(n - p, k - p) if k > p else (0.0, 0.0)
+                 for p in range(1, n + 1)]  # fmt: skip
+        return 1 + sum(a for a, _ in parts) / n, n + sum(b for _, b in parts) / n
+
+    assert spatten.selected(count, rank) == pytest.approx(average(count, rank))
 
 
 def test_two_of_four_help_products_but_not_bytes() -> None:

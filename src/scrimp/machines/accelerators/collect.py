@@ -2,8 +2,8 @@
 """The attention that a trained run really does, as traces: which keys its queries keep on held-out data.
 
 A core that leaves a `trace` says it itself: `trace.mask`, boolean [B or 1, H, N, S], `trace.predictor`, and if it likes
-`candidates`, `bits` and `rank`, as attributes or in `trace.details`. It is asked to by `tracing`, where it has that. Of
-any other core the mask is what it was called with, which is dense or causal attention.
+`candidates`, `bits`, `rank` and `ratio`, as attributes or in `trace.details`. It is asked to by `tracing`, where it has
+that. Of any other core the mask is what it was called with, which is dense or causal attention.
 """
 
 from __future__ import annotations
@@ -91,12 +91,11 @@ def traced(core: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> At
     bits = q.element_size() * 8
     if said is not None:
         kept = np.broadcast_to(_array(said.mask), (batch, heads, queries, k.shape[2]))
-        more = {
-            name: getattr(said, name, getattr(said, "details", {}).get(name)) for name in ("bits", "rank", "candidates")
-        }
+        details = getattr(said, "details", {})
+        more = {name: getattr(said, name, details.get(name)) for name in ("bits", "rank", "ratio", "candidates")}
         exact = said.predictor in EXACT
         predictor = Predictor(kind="none" if exact else str(said.predictor), bits=int(more["bits"] or 0),
-                              rank=int(more["rank"] or 0))  # fmt: skip
+                              rank=int(more["rank"] or 0), ratio=float(more["ratio"] or 0))  # fmt: skip
         asked = more["candidates"]
         asked = None if asked is None else np.broadcast_to(_array(asked), (batch, heads, queries))
         return AttentionTrace.of(kept, head_width=width, predictor=predictor, candidates=asked, bits=bits)

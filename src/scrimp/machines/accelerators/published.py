@@ -79,6 +79,30 @@ def sanger_rate(machine: Accelerator, density: float, tokens: int, per: float = 
     return sanger.effective(density, share, 128) / per
 
 
+def sanger_ablation(machine: Accelerator, step: str, density: float, tokens: int) -> float:
+    """What a step of the design brings, on a mask that keeps keys by chance, by cycles of its arrays.
+
+    Args:
+        step: predict (what it costs, as a share of dense products), stationary, packed, or all of them.
+    """
+    mask = np.random.default_rng(0).random((12, tokens, tokens)) < density
+    trace, side = AttentionTrace.of(mask, head_width=64), machine.count("segment")
+    dense = 2 * mask.size * 64 / machine.array.macs
+    predicting = sanger.prediction(trace, side)
+    stationary = sanger.unpacked(trace, side, machine.array.columns) * 2 * 64
+    packed = sanger.rounds(trace, machine) * 2 * 64
+    return {"predict": predicting / dense, "stationary": (dense + predicting) / stationary,
+            "packed": stationary / packed, "all": dense / packed}[step]  # fmt: skip
+
+
+# SpAtten
+
+
+def spatten_layer(machine: Accelerator, tokens: int, heads: int) -> float:
+    """Cycles of a layer without pruning."""
+    return simulate([AttentionTrace.dense(heads, tokens, tokens, 64)], machine).cycles
+
+
 # OuterSPACE
 
 
@@ -168,11 +192,7 @@ def attended(machine: Accelerator, kept: float, tokens: int = 512, heads: int = 
 
 def times(machine: Accelerator, over: str, kept: float, tokens: int = 512, heads: int = 12, over_kept: float = 1.0,
           factor: float = 1.0) -> float:  # fmt: skip
-    """Speed-up over another machine; 12 heads are one for each of twelve ELSAs.
-
-    Args:
-
-    """
+    """Speed-up over another machine; 12 heads are one for each of twelve ELSAs."""
     other = attended(accelerator(over), over_kept, tokens, heads)
     return factor * attended(machine, kept, tokens, heads).speedup(other)
 
@@ -197,7 +217,8 @@ def energy_over_gpu(machine: Accelerator, kept: float, bars: Sequence[float], wa
 
 MODELS: Final[dict[str, Callable[..., Any]]] = {
     f.__name__: f
-    for f in (vitcod_golden, vitcod_ffn, vitcod_ratio, vitcod_against, sanger_layer, sanger_rate, outerspace_traffic,
+    for f in (vitcod_golden, vitcod_ffn, vitcod_ratio, vitcod_against, sanger_layer, sanger_rate, sanger_ablation,
+              spatten_layer, outerspace_traffic,
               outerspace_time, outerspace_schedule, attention_bytes, attention_time, storage, two_four_mlp, gemm, times,
               over_gpu, energy_over_gpu)
 }  # fmt: skip

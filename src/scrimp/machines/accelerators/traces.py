@@ -28,6 +28,8 @@ class Predictor:
     """Of its numbers; 0 for the machine's own choice."""
     rank: int = 0
     """Of its scores, or length of its hashes; 0 for the machine's own choice."""
+    ratio: float = 0.0
+    """Heads that queries and keys are stored as, over all; 0 for the machine's own choice."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

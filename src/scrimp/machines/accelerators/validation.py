@@ -46,6 +46,8 @@ class Reference(BaseModel):
     """Whether the value itself is among that."""
     note: str = ""
     """Why it is not simulated, or what to know of it."""
+    holds: bool = True
+    """Whether it should be within its tolerance; false where it is known not to be, and the note says why."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,24 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        """Of the simulator, as a share of the value."""
-        return None if self.found is None else self.found / self.reference.value - 1
+        """Of the simulator, as a share of the value; None where the value itself was fitted, which predicts nothing."""
+        if self.found is None or self.reference.fit:
+            return None
+        return self.found / self.reference.value - 1
 
     @property
     def verdict(self) -> str:
         """exact, within, outside, fitted, or not simulated."""
         if self.error is None:
-            return "not simulated"
-        if self.reference.fit:
-            return "fitted"
+            return "fitted" if self.reference.fit else "not simulated"
         if self.error == 0:
             return "exact"
         return "within" if abs(self.error) <= self.reference.tolerance + 1e-12 else "outside"
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is outside and should not be."""
+        return self.verdict == "outside" and self.reference.holds
 
     def as_json(self) -> dict[str, Any]:
         """The reference, with what was found."""

@@ -45,10 +45,10 @@ def cells(row: Row) -> list[str]:
     value = f"{figure(said.value)} {said.unit}".rstrip()
     simulated = "" if row.found is None or said.fit else figure(row.found)
     error = "" if row.error is None or said.fit else f"{row.error:+.1%}"
-    verdict = row.verdict + (f"; {said.note}" if said.note else "")
-    fitted = f"; fitted on {said.fitted_on}" if said.fitted_on and not said.fit else ""
+    fitted = f"{'' if said.fit else '; fitted'} on {said.fitted_on}" if said.fitted_on else ""
     return [said.machine, said.quantity, f"{value} {WORDS[said.tag]}", simulated, error,
-            "" if row.error is None or said.fit else f"{said.tolerance:.2g}", verdict + fitted]  # fmt: skip
+            "" if row.error is None or said.fit else f"{said.tolerance:.2g}",
+            row.verdict + fitted + (f"; {said.note}" if said.note else "")]  # fmt: skip
 
 
 def summary(kind: str, rows: Sequence[Row]) -> str:

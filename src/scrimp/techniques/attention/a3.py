@@ -14,6 +14,9 @@ base design, whose only approximation is `weight`.
 
 Paper: Ham et al., "A3: Accelerating Attention Mechanisms in Neural Networks with Approximation", HPCA 2020, arXiv
 2002.10941. `bits` are its fixed-point numbers: so many after the point, and 4 with the sign before it; gradients pass.
+Here and not there: the best key stands in where no score is above 0; products with keys that a query does not see count
+as 0; M is a share of the keys of the sample, not of those that a causal query sees; exponentials are exact, where the
+hardware looks them up in two tables. A trace has how many candidates each query had (`candidates`).
 
 Saves: on such hardware, products of keys that do not matter. Costs: here all of it is computed in full, T S D products
 at a time, and a mask of all pairs is kept for the backward pass. Not for: training time on any CPU or GPU; long
@@ -29,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from scrimp.cores import SparseCore, best, replace_cores, watch_kept
+from scrimp.cores import SparseCore, best, replace_cores, share_of, watch_kept
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class A3(Technique):
     search: Literal["greedy", "all"] = "greedy"
     """Whether candidates are searched, or all keys are."""
     steps: float = 0.5
-    """Steps of the search, as a share of the keys."""
+    """Steps of the search, as a share of the keys, rounded up."""
     weight: float = 0.05
     """Share of the largest weight below which a candidate is dropped; 0 drops none."""
     bits: int = 0
@@ -79,8 +82,11 @@ class A3(Technique):
         """Replace the cores."""
 
         def make(path: str, attention: Any) -> nn.Module:
-            select = Searched(self) if self.search == "greedy" or self.weight else None
-            return SparseCore(self.name, select, self.when, before=FixedPoint(self.bits) if self.bits else None)
+            before = FixedPoint(self.bits) if self.bits else None
+            if self.search == "all" and not self.weight:
+                return SparseCore(self.name, None, self.when, before)
+            select = Searched(self)
+            return SparseCore(self.name, select, self.when, before, details=select.told)
 
         watch_kept(model, replace_cores(model, self.targets, run.where(self, "targets"), make), run, self)
         return model
@@ -104,55 +110,71 @@ def fixed(x: Tensor, bits: int) -> Tensor:
 
 
 class Searched(nn.Module):
-    """(q, k, seen) -> the pairs that are found and weigh enough. Shapes: q [B, H, T, D], k [B, H, S, D]."""
+    """(q, k, seen) -> the pairs that are found and weigh enough. Shapes: q [B, H, T, D], k [B, H, S, D].
+
+    Attributes:
+        candidates: keys whose exact score each query of the last call needed, [B, H, T].
+    """
 
     def __init__(self, how: A3) -> None:
         super().__init__()
         self.how = how
+        self.candidates: Tensor | None = None
+
+    def told(self, mask: Tensor) -> dict[str, Any]:
+        """What a trace says beside its mask."""
+        return {"candidates": self.candidates}
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         exact = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         found = seen.expand_as(exact)
         if self.how.search == "greedy":
-            scores = greedy(q, k, seen, max(1, round(self.how.steps * k.shape[2])))
+            scores = greedy(q, k, seen, *share_of(seen, self.how.steps))
             found = ((scores > 0) & seen) | best(scores, seen)
+        self.candidates = found.sum(-1)
         if not self.how.weight:
             return found
         top = exact.masked_fill(~found, float("-inf")).amax(-1, keepdim=True)
         return found & (exact >= top + math.log(self.how.weight))
 
 
-def greedy(q: Tensor, k: Tensor, seen: Tensor, steps: int) -> Tensor:
-    """Scores [B, H, T, S] of a search of so many steps, some queries at a time."""
+def greedy(q: Tensor, k: Tensor, seen: Tensor, steps: int, each: Tensor) -> Tensor:
+    """Scores [B, H, T, S] of a search, some queries at a time; steps as in `searched`."""
     rows = max(1, PRODUCTS // (q.shape[0] * q.shape[1] * k.shape[2] * k.shape[3]))
     allowed = seen if seen.shape[2] > 1 else seen.expand(-1, -1, q.shape[2], -1)
     parts = [
-        searched(some, k, mask, steps) for some, mask in zip(q.split(rows, 2), allowed.split(rows, 2), strict=True)
+        searched(some, k, mask, steps, each)
+        for some, mask in zip(q.split(rows, 2), allowed.split(rows, 2), strict=True)
     ]
     return torch.cat(parts, 2)
 
 
-def searched(q: Tensor, k: Tensor, seen: Tensor, steps: int) -> Tensor:
-    """Scores [B, H, T, S]."""
+def searched(q: Tensor, k: Tensor, seen: Tensor, steps: int, each: Tensor) -> Tensor:
+    """Scores [B, H, T, S].
+
+    Args:
+        steps: the most of any sample; `each` has those of each, [B or 1, 1, 1].
+    """
     products = (q[:, :, :, None] * k[:, :, None]).masked_fill(~seen[..., None], 0.0).flatten(3)  # [B, H, T, S * D]
     steps, width = min(steps, products.shape[-1]), q.shape[-1]
     high, where_high = products.topk(steps, -1)
     low, where_low = products.topk(steps, -1, largest=False)
     del products
-    high, low = high.clamp(min=0), low.clamp(max=0)
-    low = low.where(torch.arange(steps, device=q.device) < taken(high, low)[..., None], 0.0)
+    count = torch.arange(steps, device=q.device)
+    high, low = high.clamp(min=0).where(count < each[..., None], 0.0), low.clamp(max=0)
+    low = low.where(count < taken(high, low, each)[..., None], 0.0)
     scores = q.new_zeros(*q.shape[:3], k.shape[2])
     scores.scatter_add_(-1, where_high // width, high)
     return scores.scatter_add_(-1, where_low // width, low)
 
 
-def taken(high: Tensor, low: Tensor) -> Tensor:
-    """How many of the smallest products a search takes: high and low [.., M], what each step would add, [..]."""
+def taken(high: Tensor, low: Tensor, each: Tensor) -> Tensor:
+    """How many of the smallest products a search takes, [..]: high and low [.., M], what each step would add."""
     total, count = torch.zeros_like(high[..., 0]), torch.zeros_like(high[..., 0], dtype=torch.int64)
     for step in range(high.shape[-1]):
         total = total + high[..., step]
-        takes = total >= 0
+        takes = (total >= 0) & (step < each)
         total = total + low.gather(-1, count[..., None])[..., 0] * takes
         count = count + takes
     return count

@@ -7,13 +7,15 @@
 
 The two train together. The detector's loss moves the detector only: q, k and S are constants to it, and the mask is
 one to the task's loss. A and B begin as the identity, with which S' is right on average over P. With `bits`, q P, k P,
-A, B, q' and k' are numbers of so few bits, with a scale a row; gradients pass through.
+A, B, q' and k' are numbers of so few bits, with a scale for each token, and of A and B for each column, so that sums of
+products are whole numbers; gradients pass through.
 
 Rows of equal length are balanced work for hardware, which takes a few queries at a time and fetches each key once.
 
 Paper: Qu et al., "DOTA: Detect and Omit Weak Attentions for Scalable Transformer Acceleration", ASPLOS 2022, doi
-10.1145/3503222.3507738. The paper's detector reads the layer's input in place of q and k. Here it reads what the core
-gets, so that caches, prefixes, rotary positions and other sequences need nothing of their own.
+10.1145/3503222.3507738. Here and not there: its detector reads the layer's input in place of q and k, this one what the
+core gets, so that caches, prefixes, rotary positions and other sequences need nothing of their own; and exact scores
+are in the run's own type, not in fixed point of 16 bits. A trace has the detector's width and bits (`rank`, `bits`).
 
 Saves: on such hardware, scores of weak keys. Costs: here all of it is computed in full, S and S' once more for the
 loss, and a mask of all pairs is kept for the backward pass. Not for: training time on any CPU or GPU; frozen models,
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.cores import SparseCore, best, replace_cores, sparse_cores, watch_kept, wide, with_due, without
+from scrimp.cores import SparseCore, best, replace_cores, share_of, sparse_cores, watch_kept, wide, with_due, without
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
@@ -67,7 +69,7 @@ class Dota(Technique):
     targets: str = "attention|cross"
     """Pattern of the attentions whose core is replaced."""
     keep: float = 0.1
-    """Share of the keys that each query attends to; 1 keeps all, without a detector."""
+    """Share of the keys that each query attends to, rounded up; 1 keeps all, without a detector."""
     rank: float = 0.25
     """Width of the detector, as a share of a head's."""
     bits: int = 4
@@ -93,7 +95,8 @@ class Dota(Technique):
                 return SparseCore(self.name)
             like = attention.proj.weight.new_empty(attention.heads, attention.width)
             detector = Detector(self, like, run.seed)
-            return SparseCore(self.name, detector, self.when, watch=detector.error)
+            told = {"rank": detector.projection.shape[1], "bits": self.bits}
+            return SparseCore(self.name, detector, self.when, watch=detector.error, details=lambda mask: dict(told))
 
         watch_kept(model, replace_cores(model, self.targets, run.where(self, "targets"), make), run, self)
         return model
@@ -142,7 +145,7 @@ class Detector(nn.Module):
         """S', [B, H, T, S]."""
         projection, few = self.projection.to(q.dtype), self.how.bits
         a, b = (
-            rounded(rounded(x @ projection, few) @ rounded(w.to(x.dtype), few), few)
+            rounded(rounded(x @ projection, few) @ rounded(w.to(x.dtype).mT, few).mT, few)
             for x, w in ((q, self.queries), (k, self.keys))
         )
         return (a @ b.transpose(-1, -2)) * q.shape[-1] ** -0.5
@@ -155,7 +158,7 @@ class Detector(nn.Module):
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-        return best(self.estimate(q, k), seen, max(1, math.ceil(self.how.keep * k.shape[2])))
+        return best(self.estimate(q, k), seen, *share_of(seen, self.how.keep))
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

@@ -4,7 +4,8 @@
     kept:   |k| cos(angle) > t max |k|        (|q| would be on both sides); the best of a row, where there is none
 
 R is a Kronecker product of three small orthogonal matrices, so that R x takes 3 D D^(1/3) products instead of D^2.
-`bias` makes the angle an underestimate for four pairs in five: it is the 80th percentile of the error at 64 bits.
+`bias` makes the angle an underestimate for four pairs in five: it is the 80th percentile of the error at 64 bits. The
+error of other hashes goes with 1 / sqrt(bits), and so does what is taken from their angles.
 
 Each head's threshold t comes from `p`, on the first `calibrate` batches of training, which see all keys: of the keys
 whose weight is more than p / (number of keys), the one with the least has q k = t_q |q| max |k|, and t is the mean of
@@ -12,7 +13,9 @@ t_q over queries and batches. It is in the checkpoint. Heads that other techniqu
 A head keeps all as long as none of its weights is above p / (number of keys): a p that is too large chooses nothing.
 
 Paper: Ham, Lee et al., "ELSA: Hardware-Software Co-design for Efficient, Lightweight Self-Attention Mechanism in Neural
-Networks", ISCA 2021, doi 10.1109/ISCA52012.2021.00060. The largest |k| is that of the keys that the query sees.
+Networks", ISCA 2021, doi 10.1109/ISCA52012.2021.00060. Here and not there: the largest |k| is that of the keys that the
+query sees, and the share of p is one of these, so that later tokens and padding change nothing; numbers are not of 9
+bits.
 
 Saves: on such hardware, the scores of the other keys. Costs: here all of it is computed in full, and a mask of all
 pairs is kept for the backward pass. Not for: training time on any CPU or GPU; heads of few numbers, whose bits say
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from scrimp.run import Run
     from scrimp.technique import State
 
+BITS: Final = 64
+"""Of the hash that `bias` is for."""
 NONE: Final = -2.0
 """Stands for no threshold, as all of them are cosines or less."""
 
@@ -68,7 +73,7 @@ class Elsa(Technique):
     bits: int = 0
     """Signs of a hash; 0 means as many as a head has numbers."""
     bias: float = 0.127
-    """What is taken from an estimated angle, in radians."""
+    """What is taken from an estimated angle of 64 bits, in radians; of fewer bits, more: sqrt(64 / bits) times."""
     calibrate: int = 8
     """Batches of training from which thresholds come; until then all keys are kept."""
     when: Literal["evaluation", "always"] = "always"
@@ -178,7 +183,8 @@ class Angles(nn.Module):
         """Estimated angles [B, H, T, S]."""
         a, b = (torch.where(x @ self.projection.t().to(x.dtype) < 0, -1.0, 1.0).to(x.dtype) for x in (q, k))
         apart = (self.bits - a @ b.transpose(-1, -2)) / 2
-        return (math.pi / self.bits * apart - self.how.bias).clamp(min=0)
+        bias = self.how.bias * math.sqrt(BITS / self.bits)
+        return (math.pi / self.bits * apart - bias).clamp(min=0)
 
 
 def largest(size: Tensor, seen: Tensor) -> Tensor:

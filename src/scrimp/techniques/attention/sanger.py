@@ -3,15 +3,17 @@
     q' = round(q s),  s = (2^(bits-1) - 1) / max |q|, and k' alike      the most a number of these bits holds
     kept:   softmax(q' k'^T / (s_q s_k sqrt(D))) > threshold            the best of a row, where there is none
 
-A scale is that of one row, so that neither other samples nor later tokens change what a token keeps; with
-`scale: tensor` it is that of a whole tensor, as in the paper. The mask is a constant to the gradient: train with it, or
+A scale is that of one row, so that neither other samples nor later tokens change what a token keeps. With
+`scale: tensor` it is as in the released code: rows are first divided by their norms, all of a tensor then share a
+scale, and the scores are multiplied by the norms again. The mask is a constant to the gradient: train with it, or
 begin a run from one that was trained without (`--from`), which is the paper's fine-tuning.
 
 Hardware gets the mask in pieces: rows are cut into sub-rows of 64 keys, empty ones are dropped, and one of more than 16
 keys is split. A trace holds how many pieces each sub-row becomes (`pieces`), from which follows how full they are.
 
 Paper: Lu et al., "Sanger: A Co-Design Framework for Enabling Sparse Attention using Reconfigurable Architecture", MICRO
-2021, doi 10.1145/3466752.3480125.
+2021, doi 10.1145/3466752.3480125. Here and not there: the best key stands in where none is above the threshold, and
+pairs that are left out have a weight of exactly 0, not one of exp(-10000).
 
 Saves: on such hardware, the exact scores of the other keys; products of 4 bits are a sixteenth of those of 16. Costs:
 here all of it is computed in full, and a mask of all pairs is kept for the backward pass. Not for: training time on any
@@ -99,7 +101,7 @@ class Predicted(nn.Module):
 
 def predicted(q: Tensor, k: Tensor, seen: Tensor, bits: int, rows: bool) -> Tensor:
     """Weights of attention [B, H, T, S] from numbers of a few bits."""
-    (q8, q_step), (k8, k_step) = (coded(t, bits, rows) for t in (q, k))
+    (q8, q_step), (k8, k_step) = (coded(t, bits, rows) if rows else directions(t, bits) for t in (q, k))
     scores = (q8 @ k8.transpose(-1, -2)) * (q_step * k_step.transpose(-1, -2)) * q.shape[-1] ** -0.5
     return wide(scores).masked_fill(~seen, float("-inf")).softmax(-1)
 
@@ -109,6 +111,13 @@ def coded(x: Tensor, bits: int, rows: bool) -> tuple[Tensor, Tensor]:
     most = x.abs().amax(-1, keepdim=True) if rows else x.abs().amax().expand(*x.shape[:-1], 1)
     step = most.clamp(min=torch.finfo(x.dtype).tiny) / (2 ** (bits - 1) - 1)
     return (x / step).round(), step
+
+
+def directions(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `coded`, of rows of norm 1 that share a step; the step of each row has its norm."""
+    norm = x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    whole, step = coded(x / norm, bits, rows=False)
+    return whole, step * norm
 
 
 def pieces(mask: Tensor) -> Tensor:

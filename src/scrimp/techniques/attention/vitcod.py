@@ -7,9 +7,11 @@
                          column with the first row, or with the diagonal where attention is causal
     reordered     columns that more than `dense` of the rows keep come first: a dense part, and a sparse rest
 
-E and D have no biases, so that export folds them into the layer before. Hardware moves the h' mixed heads, E q, and
-makes the H heads of them on the chip. A fixed mask is known before anything is computed: the order of the columns is a
-part of a trace (`order`, `dense`) and changes no number.
+Here and not there: E and D have no biases, so that export folds them into the layer before; |q - q'| is a mean over the
+samples, not of a batch as one vector, so that its weight does not depend on the batch; and averages are of the first
+part of training, with mixed heads, not of a pass over the training set afterwards. Hardware moves the h' mixed heads,
+E q, and makes the H heads of them on the chip. A trace has their share of the heads (`ratio`), and, as a fixed mask is
+known before anything is computed, the order of the columns (`order`, `dense`), which changes no number.
 
 Paper: You et al., "ViTCoD: Vision Transformer Acceleration via Dedicated Algorithm and Accelerator Co-Design", HPCA
 2023, arXiv 2210.09573, for vision Transformers, after training. Here it is one run in two stages, and goes for all
@@ -121,7 +123,9 @@ class ViTCoD(Technique):
                 select = Fixed(attention.heads, size, attention.causal, like) if drawn else None
                 watch = None if drawn else Averages(attention.heads, size, like)
             before = Mixed(self, attention, like) if self.heads < 1 else None
-            return SparseCore(self.name, select, self.when, before, watch, lambda mask: reordered(mask[0], self.dense))
+            ratio = {"ratio": math.ceil(self.heads * attention.heads) / attention.heads}
+            told = lambda mask: reordered(mask[0], self.dense) | ratio  # noqa: E731
+            return SparseCore(self.name, select, self.when, before, watch, told)
 
         cores = replace_cores(model, self.targets, run.where(self, "targets"), make)
         self._say(found, cores, run)
@@ -205,9 +209,10 @@ class Averages(nn.Module):
         if in_backward():  # it has been counted
             return
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        weights = scores.masked_fill_(~seen, float("-inf")).softmax(-1).sum(0)
-        self.average[:, : q.shape[2], : k.shape[2]] += weights
-        self.rows[: q.shape[2]] += len(q)
+        some = seen.any(-1, keepdim=True).expand(len(q), -1, q.shape[2], -1)  # not in rows of padding
+        weights = scores.masked_fill_(~seen & some, float("-inf")).softmax(-1) * some
+        self.average[:, : q.shape[2], : k.shape[2]] += weights.sum(0)
+        self.rows[: q.shape[2]] += some[:, 0, :, 0].sum(0)
 
 
 class Fixed(nn.Module):

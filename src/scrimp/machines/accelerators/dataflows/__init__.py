@@ -34,8 +34,12 @@ class Dataflow:
 
     def notes(self, traces: Sequence[Any], machine: Any) -> list[str]:
         """What a reader should know of the traces, in sentences."""
-        if self.takes is not AttentionTrace or self.name not in PREDICTS:
+        if self.name not in PREDICTS:
             return []
+        unknown = f"No source says how large {machine.name}'s buffers are: whatever it is asked for is taken to fit."
+        return [*self._chosen(traces, machine), *([] if machine.buffers else [unknown])]
+
+    def _chosen(self, traces: Sequence[Any], machine: Any) -> list[str]:
         kinds = {trace.predictor.kind for trace in traces} - {self.name}
         if "none" in kinds:
             return [f"The attention is dense: nothing chose keys for {machine.name} to skip."]

@@ -7,6 +7,8 @@
 Sorting takes d n log2 n comparisons of a head, done before; `count_sorting` of them can be put into the time, at
 `sorter` comparisons a cycle. For self-attention every sequence has new keys.
 
+It holds the keys and values of a head on the chip, 320 of 64 numbers as published, and does no more.
+
 Paper: Ham et al., HPCA 2020, arXiv 2002.10941.
 """
 
@@ -18,6 +20,7 @@ from math import ceil, log2
 import numpy as np
 
 from scrimp.machines.accelerators.architecture import ARRAY, Accelerator
+from scrimp.machines.accelerators.buffers import check
 from scrimp.machines.accelerators.engine import MEMORY, Flow, Stage, overlap, sequence
 from scrimp.machines.accelerators.traces import AttentionTrace
 
@@ -30,6 +33,7 @@ def a3(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
 def layer(trace: AttentionTrace, machine: Accelerator) -> Flow:
     """All heads of a layer."""
     n, s, d, heads = trace.queries, trace.keys, trace.width, trace.heads
+    check(machine, s, d, machine.array.columns, "keys", "values")
     share = machine.setting("iterations")
     if share:
         iterations = ceil(share * s)

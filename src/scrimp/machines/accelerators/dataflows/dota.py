@@ -5,6 +5,8 @@
     scores and values: 2 d products of 16 bits for each kept key, of T queries at a time
     A step gives each of the T queries one key at most; each key is fetched once for all T. Keys that most of them keep
     go first, and keys of disjoint queries share a step.
+    Keys and values of the head at work stay on the chip as far as half of its memory goes, since the other half is
+filled meanwhile. The rest is fetched again for every T queries that need it.
 
 Paper: Qu et al., ASPLOS 2022. How much faster products of 4 bits are, is not settled: `array.gain` says it.
 """
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scrimp.machines.accelerators.architecture import ARRAY, Accelerator
+from scrimp.machines.accelerators.buffers import held
 from scrimp.machines.accelerators.engine import MEMORY, Flow, Group, Stage, overlap, sequence
 from scrimp.machines.accelerators.traces import AttentionTrace, Bits
 
@@ -40,7 +43,7 @@ def dota(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
 def layer(trace: AttentionTrace, machine: Accelerator) -> Group:
     """Detection, then what was detected, beside the traffic."""
     n, s, d, heads = trace.queries, trace.keys, trace.width, trace.heads
-    group, few = machine.count("parallel"), f"{ARRAY}{machine.count('detector_bits')}"
+    group, few = machine.count("parallel"), width_of(machine, trace.predictor.bits)
     k = trace.predictor.rank or max(round(machine.setting("sigma") * d), 1)
     needed = heads * (s * d * k + (n + s) * k * k + n * s * k) if machine.setting("detect") else 0
     detect = Stage(name="detector", resource=few, work=needed)
@@ -51,8 +54,17 @@ def layer(trace: AttentionTrace, machine: Accelerator) -> Group:
     exps = Stage(name="softmax", resource="exp", work=trace.kept)
     item = machine.array.bits / 8
     inner = Stage(name="keys", bytes={"sram": 2 * order.fetched * d * item})
-    outer = Stage(name="traffic", bytes={MEMORY: heads * (2 * n + 2 * s) * d * item})
+    fits = held(machine, "sram", 2 * d)  # a key and its value
+    stays = s if fits is None else min(fits, s)
+    again = order.fetched * (1 - stays / s)
+    outer = Stage(name="traffic", bytes={MEMORY: (heads * (2 * n + 2 * stays) + 2 * again) * d * item})
     return overlap(sequence(detect, overlap(products, exps, name="attention")), inner, outer)
+
+
+def width_of(machine: Accelerator, bits: int) -> str:
+    """The array at the detector's bits, or at the narrowest that it has and that holds them; 0 for its own."""
+    known = [width for width in machine.array.gain if width >= (bits or machine.count("detector_bits"))]
+    return f"{ARRAY}{min(known, default=machine.array.bits)}"
 
 
 def issued(mask: Bits, group: int) -> Issue:

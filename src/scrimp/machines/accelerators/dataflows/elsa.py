@@ -5,7 +5,7 @@
     base = n (n / banks), without hashing
 
 Keys lie in banks by turns, each with an attention module that scores a key a cycle; a query waits for the fullest bank.
-Several ELSAs share the heads.
+Several ELSAs share the heads. Each holds the keys and values of its head, 512 of 64 numbers as published, and no more.
 
 Paper: Ham et al., ISCA 2021.
 """
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from scrimp.machines.accelerators.architecture import ARRAY, Accelerator
+from scrimp.machines.accelerators.buffers import check
 from scrimp.machines.accelerators.engine import MEMORY, Flow, Stage, makespan, overlap, sequence
 from scrimp.machines.accelerators.traces import AttentionTrace
 
@@ -31,6 +32,8 @@ def elsa(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
 def layer(trace: AttentionTrace, machine: Accelerator) -> Flow:
     """All heads of a layer, on all copies."""
     n, s, d, heads = trace.queries, trace.keys, trace.width, trace.heads
+    # A module multiplies a key and a value at a time, with half of its multipliers each.
+    check(machine, s, d, machine.array.columns // 2, "keys", "values")
     hashing = machine.setting("hashing") > 0
     work = (2 * trace.kept if hashing else 2 * heads * n * s) * d
     costs = head_cycles(trace, machine) if hashing else np.full(heads, n * ceil(s / machine.count("banks")))

@@ -4,8 +4,8 @@
     gpu:    scores, softmax and values one after another, each max(products / peak, bytes / bandwidth); scores and
             weights go to memory and come back: 4 n^2 + 4 n d numbers of a head, as wide as the run's own; masks save
             nothing, padding counts
-    flash:  Bc = ceil(M / 4 d) keys a block for M numbers on the chip, T = ceil(n / Bc) blocks:
-            2 n d + T (3 n d + 4 n) numbers forward, 4 n d + T (5 n d + 2 n) backward
+    flash:  Bc = ceil(M / 4 d) keys a block for M numbers on the chip, T = ceil(s / Bc) blocks of the s keys:
+            2 s d + T (3 n d + 4 n) numbers forward, 4 s d + T (5 n d + 2 n) backward
 
 `efficiency` is the share of the peak that the kernels of some measurement got; 1 is the roofline. No first principle
 gives it.
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from scrimp.errors import UserError
 from scrimp.machines.accelerators.architecture import ARRAY, Accelerator
 from scrimp.machines.accelerators.engine import MEMORY, Flow, Stage, overlap, sequence
 from scrimp.machines.accelerators.traces import AttentionTrace
@@ -50,7 +51,11 @@ def flash(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
     share = machine.setting("efficiency")
     for trace in traces:
         item, n, d = trace.bits / 8, trace.queries, trace.width
-        moved = trace.heads * flash_numbers(n, d, int(machine.buffer("sram").bytes / item)) * item
+        fits = int(machine.buffer("sram").bytes / item)
+        if fits < 4 * d:
+            what = f"a query, a key, a value and an output of {d:,} numbers are more than `buffers.sram` holds."
+            raise UserError(what, machine.name, "Use narrower heads.")
+        moved = trace.heads * flash_numbers(n, d, fits, keys=trace.keys) * item
         products = Stage(name="products", resource=f"{ARRAY}{trace.bits}", work=2 * trace.heads * n * trace.keys * d,
                          utilization=share)  # fmt: skip
         parts.append(overlap(products, Stage(name="traffic", bytes={MEMORY: moved}), name="attention"))
@@ -63,8 +68,9 @@ def standard_numbers(n: int, d: int, backward: bool = False, dropout: bool = Fal
     return forward + (7 * n * n + 8 * n * d if backward else 0) + (7 * n * n if dropout else 0)
 
 
-def flash_numbers(n: int, d: int, fits: int, backward: bool = False) -> int:
-    """Numbers that a head reads and writes where `fits` of them stay on the chip."""
-    blocks = ceil(n / ceil(fits / (4 * d)))
-    forward = 2 * n * d + blocks * (3 * n * d + 4 * n)
-    return forward + (4 * n * d + blocks * (5 * n * d + 2 * n) if backward else 0)
+def flash_numbers(n: int, d: int, fits: int, backward: bool = False, keys: int = 0) -> int:
+    """Numbers that a head reads and writes where `fits` of them stay on the chip; keys: 0 for as many as queries."""
+    s = keys or n
+    blocks = ceil(s / ceil(fits / (4 * d)))
+    forward = 2 * s * d + blocks * (3 * n * d + 4 * n)
+    return forward + (4 * s * d + blocks * (5 * n * d + 2 * n) if backward else 0)

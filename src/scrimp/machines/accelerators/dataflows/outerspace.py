@@ -4,6 +4,8 @@
     multiply: for each k, an entry of A's column k times B's row k is one task; it makes a partial row of C
     merge:    each row of C is merged from as many partial rows as A's row has entries
     bytes:    12 (nnzA + nnzB) + 12 P written, then 12 P read + 12 nnzC written, P the number of scalar products
+    An element that merges holds the head of every partial row: 170 of them in 2 kB. A row of C with more of them is
+    merged in several passes, and what one pass has merged is written and read once more.
 
 Tasks go to the processing element that is free first; half of them merge. Memory is the limit of both phases by these
 rules, and the published times are 3 to 10 times longer. `outerspace` therefore takes three calibrated numbers,
@@ -43,6 +45,7 @@ def product(trace: ProductTrace, machine: Accelerator) -> Group:
     tasks = np.repeat(np.maximum(trace.right, 1), trace.left)
     # Popping the smallest of `ways` heads costs a comparison for each level of the sorted heads.
     levels = np.ceil(np.log2(np.maximum(trace.ways, 2)))
+    again = 2 * ENTRY * merged_again(trace, machine)
     nanosecond = machine.clock * 1e-9
     waiting = nanosecond * (machine.setting("element_ns") * left + machine.setting("row_ns") * len(trace.ways))
     multiply = max(makespan(tasks.tolist(), elements), waiting)
@@ -52,8 +55,17 @@ def product(trace: ProductTrace, machine: Accelerator) -> Group:
         Stage(name="multiply", resource="array", work=trace.products, cycles=multiply,
               bytes={MEMORY: ENTRY * (left + right) + partial}),
         Stage(name="merge", resource="mergers", work=trace.products, cycles=merge,
-              bytes={MEMORY: partial + ENTRY * trace.nonzeros}),
+              bytes={MEMORY: partial + again + ENTRY * trace.nonzeros}),
     )  # fmt: skip
+
+
+def merged_again(trace: ProductTrace, machine: Accelerator) -> int:
+    """Entries that are merged, written and read for another pass, since not all heads of a row's lists fit."""
+    if "scratchpad" not in machine.buffers:
+        return 0
+    heads = machine.buffers["scratchpad"].bytes // ENTRY
+    passes = np.ceil(np.log(np.maximum(trace.ways, 2)) / np.log(heads) - 1e-9)
+    return int((trace.merged * (passes - 1)).sum())
 
 
 def bytes_moved(trace: ProductTrace, order: str, reuse: float = 0.0) -> float:

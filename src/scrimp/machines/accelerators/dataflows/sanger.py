@@ -5,6 +5,9 @@
     ceil(c / 16). A sub-row holds a row of 16 multipliers for d cycles of scores, the exponentials, d cycles of values.
     balance = sum(c / 16) / sum(ceil(c / 16))
 
+Prediction goes on meanwhile, d cycles a tile of 64 x 64 scores, one after another; the array fills and drains once.
+Queries stay on the chip, 64 at a time, and all keys and values are streamed for them, as the released model has it.
+
 `sanger` counts that for a mask. `sanger_released` is the authors' cost model of a whole layer with its projections, in
 two versions, which asks for density and balance only; it divides the output projection by them as well, though that
 product is dense.
@@ -32,17 +35,35 @@ def sanger(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
 def layer(trace: AttentionTrace, machine: Accelerator) -> Group:
     """Prediction beside scores, exponentials and values."""
     n, s, d, heads = trace.queries, trace.keys, trace.width, trace.heads
-    side, lines = machine.count("segment"), machine.array.rows
-    predicted = Stage(name="predict", resource="predictor", work=heads * n * s * d,
-                      cycles=heads * ceil(n / side) * ceil(s / side) * (d + 2 * side))  # fmt: skip
-    rounds = [ceil(int(count) / lines) for count in subrows(trace, side, machine.array.columns).sum((1, 2))]
+    side = machine.count("segment")
+    predicted = Stage(name="predict", resource="predictor", work=heads * n * s * d, cycles=prediction(trace, side))
+    taken = rounds(trace, machine)
     exps = machine.unit("exp")
-    products = Stage(name="products", resource=ARRAY, work=2 * trace.kept * d, cycles=sum(rounds) * 2 * d)
-    softmax = Stage(name="softmax", resource="exp", work=trace.kept, cycles=sum(rounds) * ceil(
+    products = Stage(name="products", resource=ARRAY, work=2 * trace.kept * d, cycles=taken * 2 * d)
+    softmax = Stage(name="softmax", resource="exp", work=trace.kept, cycles=taken * ceil(
         machine.array.macs / exps.rate) + exps.latency)  # fmt: skip
     item = machine.array.bits / 8
-    moved = Stage(name="traffic", bytes={MEMORY: heads * (2 * n + 2 * s) * d * item})
+    moved = Stage(name="traffic", bytes={MEMORY: heads * (2 * n + 2 * s * ceil(n / side)) * d * item})
     return overlap(predicted, sequence(products, softmax), moved)
+
+
+def rounds(trace: AttentionTrace, machine: Accelerator) -> int:
+    """How often the array is filled with packed and split sub-rows, head by head."""
+    held = subrows(trace, machine.count("segment"), machine.array.columns).sum((1, 2))
+    return sum(ceil(int(count) / machine.array.rows) for count in held)
+
+
+def prediction(trace: AttentionTrace, side: int) -> int:
+    """Cycles of the dense array of a few bits, whose tiles of scores follow one another."""
+    tiles = trace.heads * ceil(trace.queries / side) * ceil(trace.keys / side)
+    return tiles * trace.width + 2 * side
+
+
+def unpacked(trace: AttentionTrace, side: int, width: int) -> int:
+    """Rounds of the array without packing and splitting: every tile takes as many as its fullest row."""
+    rows = subrows(trace, side, width)
+    tiles = np.pad(rows, ((0, 0), (0, -trace.queries % side), (0, 0))).reshape(trace.heads, -1, side, rows.shape[2])
+    return int(tiles.max(2).sum())
 
 
 def subrows(trace: AttentionTrace, segment: int, width: int) -> Counts:
@@ -80,7 +101,7 @@ def released(density: float, share: float, tokens: int, hidden: int, machine: Ac
         return seconds | {"attention": 4 * tokens**2 * hidden * sparse / rate}
     lines = sparse / 0.25 * tokens  # sub-rows of a run of keys, for all queries
     tile = (hidden + 64) + (lines + 64)
-    demand = 64 * 2 * hidden / tile  # bytes a cycle: a run of keys of 16 bits while it is worked on
+    demand = 64 * 2  # bytes a cycle: a number of 16 bits of each key of a tile
     slower = max(1.0, demand / machine.bandwidth(MEMORY))
     return seconds | {"attention": lines / 64 * (tokens / 64) * tile * slower / machine.clock}
 

@@ -5,11 +5,15 @@
     multipliers, of which the denser gets W G n / (S + G n). H heads are done at once, so that each has m / H of a line.
     scores:  max(G ceil(n / dense) t, ceil(S / sparse) t),  t = ceil(d / (m / H))
     values:  max(ceil(n d G / (dense m / H)), ceil(S d / (sparse m / H)))
-    Queries and keys come from memory as h' = H ratio heads and are decoded; loads overlap with all of that.
+    Queries and keys come from memory as h' = H ratio heads and are decoded; loads overlap with all of that. Of a model
+    that does not mix its heads, all of them are loaded, and nothing is decoded.
+    So many heads are done at once as the buffers hold. Heads that are not done together are stored unmixed, since each
+    would need all h' again. Where not even the keys of one head fit, they are done in parts, and the queries are loaded
+    again for each.
 
 Paper: You et al., arXiv 2210.09573. `vitcod_released` is the simulator its authors released, to the cycle: its lines
-have 64 multipliers in attention, and 8 elsewhere; only head 0 decides; softmax takes no time. `vitcod` has the paper's
-512 multipliers everywhere, and looks at every head.
+have 64 multipliers in attention, and 8 elsewhere; only head 0 decides; softmax takes no time; buffers hold anything.
+`vitcod` has the paper's 512 multipliers everywhere, and looks at every head and at its buffers.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 from scrimp.machines.accelerators.architecture import ARRAY, Accelerator
+from scrimp.machines.accelerators.buffers import held
 from scrimp.machines.accelerators.engine import MEMORY, Flow, Stage, overlap, sequence
 from scrimp.machines.accelerators.traces import AttentionTrace
 
@@ -34,6 +39,10 @@ class Layer:
     tokens: int
     heads: int
     width: int
+    ratio: float = 2 / 3
+    """Heads of queries and of keys that come from memory, over its own; 1 where they are not mixed."""
+    parts: int = 1
+    """Of its keys, if they do not fit at once."""
 
 
 def vitcod(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
@@ -43,14 +52,32 @@ def vitcod(traces: Sequence[AttentionTrace], machine: Accelerator) -> Flow:
 
 def split(trace: AttentionTrace, machine: Accelerator) -> list[Layer]:
     """A layer, or one for each sequence where the trace has several: at most `heads` heads are done at once."""
-    at_once = min(machine.count("heads") or trace.heads, trace.heads)
+    sequence_heads = min(machine.count("heads") or trace.heads, trace.heads)
+    at_once, parts = fitting(trace, sequence_heads, machine)
+    ratio = mixed(trace, machine) if at_once == sequence_heads else 1.0
     layers: list[Layer] = []
     for first in range(0, trace.heads, at_once):
         columns = trace.columns[first : first + (1 if machine.setting("head_zero") else at_once)]
         dense = columns > machine.setting("threshold") * trace.queries
+        heads = min(at_once, trace.heads - first)
         layers.append(Layer(round(float(dense.sum(1).mean())), round(float((columns * ~dense).sum(1).mean())),
-                            trace.queries, min(at_once, trace.heads - first), trace.width))  # fmt: skip
+                            trace.queries, heads, trace.width, ratio, parts))  # fmt: skip
     return layers
+
+
+def mixed(trace: AttentionTrace, machine: Accelerator) -> float:
+    """Heads that are stored, over all: what the core says, the machine's own for its masks, 1 for other models."""
+    own = machine.setting("ratio") if trace.predictor.kind == "vitcod" else 1.0
+    return trace.predictor.ratio or own
+
+
+def fitting(trace: AttentionTrace, heads: int, machine: Accelerator) -> tuple[int, int]:
+    """How many heads are done at once, and in how many parts of the keys."""
+    if not machine.setting("fits"):
+        return heads, 1
+    limits = [held(machine, name, trace.width) for name in ("queries", "keys", "values")]
+    fits = min((limit for limit in limits if limit is not None), default=heads * trace.keys)
+    return min(max(fits // trace.keys, 1), heads), max(-(-trace.keys // fits), 1)
 
 
 def attention(layers: Sequence[Layer], machine: Accelerator) -> Flow:
@@ -72,25 +99,27 @@ def _cycles(machine: Accelerator, numbers: float, share: float = 1.0) -> int:
 
 def _loads(layer: Layer, machine: Accelerator) -> float:
     """Compressed keys and queries with the decoder's weights, then values; each token is loaded by itself."""
-    n, heads, ratio = layer.tokens, layer.heads, machine.setting("ratio")
+    n, heads, ratio = layer.tokens, layer.heads, layer.ratio
     token = _cycles(machine, heads * ratio * layer.width)
-    weights = _cycles(machine, heads * ratio, 1 / heads)
-    queries = n * token + weights
+    weights = _cycles(machine, heads * ratio, 1 / heads) if ratio < 1 else 0
+    queries = layer.parts * n * token + weights
     if not layer.globals:  # Without columns that keep them on the chip, queries are loaded again for the keys.
-        queries = layer.sparse / n * n * token + weights
+        queries = layer.parts * layer.sparse / n * n * token + weights
     dense = layer.globals * token + weights if layer.globals else 0.0
     return dense + queries + (n - layer.globals) * token + weights + n * _cycles(machine, heads * layer.width)
 
 
 def _bytes(layer: Layer, machine: Accelerator) -> float:
-    """Queries, keys and values, once."""
-    ratio = machine.setting("ratio")
-    return layer.tokens * layer.width * layer.heads * (2 * ratio + 1) * machine.array.bits / 8
+    """Keys and values once, queries for each part of the keys."""
+    numbers = (layer.parts + 1) * layer.ratio + 1
+    return layer.tokens * layer.width * layer.heads * numbers * machine.array.bits / 8
 
 
 def _decode(layer: Layer, machine: Accelerator) -> Stage:
-    """Heads h' -> H of every query and key."""
-    compressed = layer.heads * machine.setting("ratio") * layer.width
+    """Heads h' -> H of every query and key, where they are mixed."""
+    if layer.ratio == 1:
+        return Stage(name="decode")
+    compressed = layer.heads * layer.ratio * layer.width
     each = ceil(compressed / floor(machine.array.macs / layer.heads))
     work = 2 * layer.tokens * compressed * layer.heads
     return Stage(name="decode", resource=ARRAY, work=work, cycles=2 * layer.tokens * each)
