@@ -22,6 +22,7 @@ from scrimp.restore import fingerprint
 from scrimp.run import Run
 from scrimp.sharding import whole
 from scrimp.stages import shared
+from scrimp.stragglers import Lookout
 from scrimp.tasks.sums import evaluated
 from scrimp.world import ALONE, SAMPLES, World
 
@@ -50,6 +51,8 @@ class Session:
     """What identifies the weights that checkpoints leave out."""
     energy: Energy = field(default_factory=Energy)
     """Of the machine, where it can be read."""
+    lookout: Lookout = field(default_factory=Lookout)
+    """For ranks that are slower than the others."""
     ended: str = ""
     """Why the run is at its end, if it is: finished, or stopped early."""
 
@@ -132,9 +135,14 @@ def record(run: Run, session: Session, fields: dict[str, Any]) -> None:
             "peak_bytes": memory_peak(run.device)}  # fmt: skip
     if (joules := session.energy.joules()) is not None:
         line["joules"] = joules
+    if (slowest := session.lookout.compare(run.clock.step, fields["seconds"], run.stopwatch, run.world)) is not None:
+        line |= slowest.fields()
     if session.folder is not None:
         session.folder.write(line)
     session.observe("step", line)
+    for straggler in session.lookout.news():
+        if run.world.first:
+            session.observe("note", {"text": f"Warning: {straggler}"})
 
 
 def non_finite(run: Run, value: float) -> UserError:

@@ -236,15 +236,19 @@ def _stage(run: Run, end: int, session: Session) -> str:
     while clock.position < end and not clock.done:
         began = time.perf_counter()
         session.energy.joules()
+        run.stopwatch.begin(run.device, run.world)
         batch = run.batch(clock.step)
+        run.stopwatch.pause()
         count, tokens = counted(run, batch)
         lr = run.set_lr()
         loss = run.world.total(run.backward(batch, count))
         value = run.read(loss, worst=0.0)
         if not math.isfinite(value):
             raise non_finite(run, value)
+        run.stopwatch.resume()
         updated = run.step()
         run.optimizer.zero_grad(set_to_none=True)
+        run.stopwatch.end()
         clock.tick(recipe.batch, tokens)
         record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": tokens,
                               "seconds": time.perf_counter() - began})  # fmt: skip
