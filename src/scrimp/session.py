@@ -16,6 +16,7 @@ from scrimp import checkpoint
 from scrimp.energy import Energy
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.launching import name_of_launch
 from scrimp.meter import memory_peak
 from scrimp.models.generate import written
 from scrimp.restore import fingerprint
@@ -99,6 +100,7 @@ def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) ->
         "worse": session.worse,
         "validation": session.latest,
         "ended": session.ended,
+        "launch": name_of_launch(),
     }
     path = session.folder.save(run.state(partial), meta, run.clock.step, kept.keep, name)
     session.observe("checkpoint", {"path": path})
