@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from scrimp.arguments import accelerated, asked, axes_of, check_mesh, load, numbers, out_of, within
-from scrimp.errors import UserError
+from scrimp.errors import LostError, UserError
 
 app = typer.Typer(
     help="Train Transformers on less: less computation, less data, less memory.",
@@ -37,6 +37,11 @@ def main() -> None:
     except UserError as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"scrimp{rank}: {error}", file=sys.stderr)
+        if isinstance(error, LostError):
+            # What is left of connections to a rank that has ended may keep this one from ending.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code)
         raise SystemExit(error.code) from None
 
 
