@@ -222,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("parity", "memory", "clusters", "killed"))
     parser.add_argument("--times", type=int, default=10, help="how often a rank is killed")
+    parser.add_argument("--out", type=Path, default=EVIDENCE, help="file to write")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -229,11 +230,11 @@ def main() -> None:
     if args.job:
         on_a_rank(args.job)
         return
-    found: dict[str, Any] = json.loads(EVIDENCE.read_text()) if EVIDENCE.exists() else {}
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     found["environment"] = environment()
     for what in (args.only,) if args.only else ("parity", "memory", "clusters", "killed"):
         found[what] = measured(what, args.times)
-        EVIDENCE.write_text(json.dumps(found, indent=1) + "\n")
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def measured(what: str, times: int) -> list[dict[str, Any]]:

@@ -49,6 +49,57 @@ def load(path: Path, overrides: list[str] | None) -> Recipe:
     return Recipe.load(path, overrides or [])
 
 
+def asked(recipe: Path | None, overrides: list[str] | None, resume: Path | None, start: Path | None) -> Recipe | None:
+    """The recipe that `scrimp train` is given; None where it resumes a run.
+
+    Raises:
+        UserError: if arguments do not go together, or the recipe has faults.
+    """
+    if recipe is None and resume is None:
+        raise UserError("give either a recipe or --resume RUN.", "scrimp train")
+    if resume is not None and (recipe is not None or start is not None):
+        what = "a resumed run keeps its recipe and its weights: no recipe, overrides or --from can be given with it."
+        fix = f"Use --extend to go on longer, or begin a new run: scrimp train RECIPE --from {resume}."
+        raise UserError(what, "--resume", fix)
+    if start is not None and (start / "config.json").is_file() and not (start / "recipe.yaml").exists():
+        fix = f"Write `model: {{from: {start}}}` in the recipe, without --from."
+        raise UserError(f"`{start}` is a Hugging Face folder, not a run.", "--from", fix)
+    return None if recipe is None else load(recipe, overrides)
+
+
+def out_of(recipe: Recipe | None, resume: Path | None) -> Path:
+    """Where the folder of a recipe's run, or of a resumed one, is."""
+    if recipe is not None:
+        return Path(recipe.out)
+    from scrimp.folder import RunFolder
+
+    assert resume is not None
+    return RunFolder.newest(resume).parent.parent.parent
+
+
+def check_mesh(recipe: Recipe | None, resume: Path | None, mesh: str | None, ranks: int) -> None:
+    """Whether so many ranks can train a recipe, or go on with a run.
+
+    Args:
+        mesh: another one for the run.
+    Raises:
+        UserError: if the mesh has another number of ranks, or there is no run to resume.
+    """
+    from dataclasses import replace
+
+    from scrimp.folder import RunFolder
+    from scrimp.recipe import Recipe
+    from scrimp.world import sizes
+
+    if recipe is not None and mesh is not None:
+        raise UserError("a new run's mesh stands in its recipe.", "mesh", "Set `mesh` there.")
+    if recipe is None:
+        assert resume is not None
+        recipe = Recipe.load(RunFolder.newest(resume).parent.parent / "recipe.yaml")
+        recipe = replace(recipe, mesh=axes_of(mesh)) if mesh is not None else recipe
+    sizes(recipe.mesh, ranks)
+
+
 def numbers(text: str) -> list[float]:
     """Numbers between commas.
 

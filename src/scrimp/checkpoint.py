@@ -159,6 +159,15 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
     return state, meta
 
 
+def meta(folder: Path) -> dict[str, Any]:
+    """What a snapshot holds beside tensors.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    return _read_state(folder if folder.exists() else _aside(folder))[0]
+
+
 def identity(folder: Path) -> str:
     """A hash of a snapshot's state.json, which holds the checksums of all its files."""
     if not folder.exists() and _aside(folder).exists():

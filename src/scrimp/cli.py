@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from scrimp.arguments import accelerated, axes_of, load, numbers, within
-from scrimp.errors import UserError
+from scrimp.arguments import accelerated, asked, axes_of, check_mesh, load, numbers, out_of, within
+from scrimp.errors import LostError, UserError
 
 app = typer.Typer(
     help="Train Transformers on less: less computation, less data, less memory.",
@@ -37,7 +37,12 @@ def main() -> None:
     except UserError as error:
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"scrimp{rank}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        if isinstance(error, LostError):
+            # What is left of connections to a rank that has ended may keep this one from ending.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code)
+        raise SystemExit(error.code) from None
 
 
 @app.command()
@@ -56,22 +61,16 @@ def train(
 ) -> None:
     """Train or fine-tune a recipe, or resume a run."""
     from scrimp.allocator import lean
-    from scrimp.launching import restarted
+    from scrimp.launching import end_with_parent, restarted
     from scrimp.progress import Progress
 
     lean()
-    if recipe is None and resume is None:
-        raise UserError("give either a recipe or --resume RUN.", "scrimp train")
-    if resume is not None and (recipe is not None or start is not None):
-        what = "a resumed run keeps its recipe and its weights: no recipe, overrides or --from can be given with it."
-        fix = f"Use --extend to go on longer, or begin a new run: scrimp train RECIPE --from {resume}."
-        raise UserError(what, "--resume", fix)
-    if start is not None and (start / "config.json").is_file() and not (start / "recipe.yaml").exists():
-        fix = f"Write `model: {{from: {start}}}` in the recipe, without --from."
-        raise UserError(f"`{start}` is a Hugging Face folder, not a run.", "--from", fix)
-    loaded = None if recipe is None else load(recipe, overrides)
-    if loaded is not None and (resume := restarted(loaded.out)) is not None:
-        loaded = start = None
+    end_with_parent()
+    loaded = asked(recipe, overrides, resume, start)
+    if (again := restarted(out_of(loaded, resume))) is not None:
+        # What was asked for is in the run already, an extension too.
+        loaded = start = extend = None
+        resume = again
     from scrimp.rules import notes
     from scrimp.training import train as run
 
@@ -83,7 +82,9 @@ def train(
     with Progress(sys.stdout) if first else nullcontext(lambda event, fields: None) as view:
         result = run(loaded, resume=resume, extend=extend, mesh=axes, start=start, observe=view, force=force)
     if result.reason == "interrupted":
-        typer.echo(f"Saved. Go on with: scrimp train --resume {result.folder}")
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        verb = "train" if ranks == "1" else f"launch --ranks {ranks}"
+        typer.echo(f"Saved. Go on with: scrimp {verb} --resume {result.folder}")
         raise typer.Exit(130)
 
 
@@ -91,13 +92,24 @@ def train(
 def launch(
     context: typer.Context,
     ranks: Annotated[int, typer.Option(help="Processes to start, each with a device of its own.", min=1)] = 1,
-    restarts: Annotated[int, typer.Option(help="How often all ranks go on from a checkpoint when one fails.")] = 0,
+    restarts: Annotated[
+        int, typer.Option(help="How often all ranks go on from a checkpoint when one fails.", min=0)
+    ] = 0,
     logs: Annotated[Path | None, typer.Option(help="Folder for what ranks other than the first print.")] = None,
 ) -> None:
     """Train on several devices of this machine: what else is given goes to `scrimp train`."""
+    from scrimp.launching import Interrupted
     from scrimp.launching import launch as start
 
-    start(ranks, context.args, restarts, logs)
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    given = command.make_context("scrimp train", list(context.args)).params
+    # What no rank could begin with is said once, before there are any.
+    loaded = asked(given["recipe"], given["overrides"], given["resume"], given["start"])
+    check_mesh(loaded, given["resume"], given["mesh"], ranks)
+    try:
+        start(ranks, context.args, restarts, logs)
+    except Interrupted:
+        raise typer.Exit(130) from None
 
 
 @app.command()

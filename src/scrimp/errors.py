@@ -16,6 +16,9 @@ class UserError(ValueError):
         fix: what to do about it, a sentence, or empty.
     """
 
+    code = 2
+    """Exit code of the command line."""
+
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         super().__init__(str(self))
@@ -37,6 +40,12 @@ class RecipeError(UserError):
         count = len(self.faults)
         title = "The recipe has a fault:" if count == 1 else f"The recipe has {count} faults:"
         super().__init__("\n".join([title, *(f"  - {fault}" for fault in self.faults)]))
+
+
+class LostError(UserError):
+    """Another rank has ended, and this one cannot go on; why is in the log of that one."""
+
+    code = 3
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:

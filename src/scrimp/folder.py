@@ -67,8 +67,6 @@ class RunFolder:
                 with _writing(path / "tokenizer.json"):
                     tokenizer.save(path)
             folder.write_text("recipe.yaml", anchored(recipe).yaml())
-            if own := os.environ.get("TORCHELASTIC_RUN_ID", ""):
-                folder.write_text("launch", own)
             world.told(str(path))
             return folder
         raise UserError("there are too many runs of that name.", str(root), "Set `name`.")

@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_map_only
 from scrimp.arrange import emulated
 from scrimp.clock import Clock
 from scrimp.errors import UserError
-from scrimp.launching import spread
 from scrimp.machines.machine import Machine, machine
 from scrimp.machines.memory import CONTEXT, on_cuda, reserved, resident, rounded
 from scrimp.machines.timing import step_seconds, waiting
@@ -38,7 +37,7 @@ from scrimp.run import Run, build
 from scrimp.stages import new_clock, stage_end, validation_batches
 from scrimp.technique import Cost
 from scrimp.trace import Moment, Trace, peak
-from scrimp.world import World, arranged
+from scrimp.world import World, arranged, spread
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe

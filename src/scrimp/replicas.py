@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
+from scrimp.stopwatch import Stopwatch
 from scrimp.world import PARTS, World
 
 if TYPE_CHECKING:
@@ -60,10 +61,13 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
             Summed(run), process_group=_group(run), bucket_cap_mb=bucket, broadcast_buffers=False,
             init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True,
         )  # fmt: skip
-    reducer.register_comm_hook(_group(run), _mean)
+    # Where ranks share tokens or layers as well, they wait for each other within the passes.
+    stopwatch = run.stopwatch if run.world.ranks("context", "tensor") == 1 else Stopwatch()
+    reducer.register_comm_hook((_group(run), stopwatch), _mean)
     ranks = run.world.ranks(*PARTS)
 
     def reduced(batch: Batch, count: Tensor) -> Tensor:
+        stopwatch.resume()
         loss: Any = reducer(batch, count)
         # A mean over ranks leaves what earlier parts of the batch have summed as it is, since all ranks have the same.
         (loss * ranks).backward()
@@ -155,11 +159,13 @@ def _planned(run: Run) -> Backward:
     return backward
 
 
-def _mean(group, bucket):  # pyright: ignore
+def _mean(state, bucket):  # pyright: ignore
     """The mean of a bucket of gradients over the ranks, as torch's own: that one cannot be planned.
 
     Without annotations, which are texts here: torch compares them with its own class.
     """
+    group, stopwatch = state
+    stopwatch.pause()  # Behind its last bucket a rank has nothing to do but wait.
     buffer = bucket.buffer().div_(group.size())
     sent: Any = torch.distributed.all_reduce(buffer, group=group, async_op=True)
 

@@ -35,6 +35,7 @@ from scrimp.groups import (
 from scrimp.peers import among
 from scrimp.plain import batches, constant, plain_backward, plain_evaluate, plain_step, share
 from scrimp.sharding import follow, gradient_norm, like, mark, shape, whole
+from scrimp.stopwatch import Stopwatch
 from scrimp.technique import Technique
 from scrimp.weights import freeze, initialize, load_weights, materialize, on_meta, persistent, renewable
 from scrimp.world import ALONE, World
@@ -56,6 +57,8 @@ class Run:
     seed: int = 0
     world: World = ALONE
     """The ranks that train together."""
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """Of this rank's own work in a step, in which it waits for no other."""
     memories: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
     decisions: dict[str, Any] = field(default_factory=dict[str, Any])
     task: Any = None

@@ -16,6 +16,7 @@ from scrimp.arrange import emulated
 from scrimp.charts import BYTES, COUNT, SECONDS, Axis, Line, Point, legend, line_chart, text
 from scrimp.errors import UserError
 from scrimp.registry import catalogue
+from scrimp.stragglers import Slowest, stragglers
 
 POINTS: Final = 150
 """Most points of a line; more steps than that are drawn as means of neighbors."""
@@ -123,7 +124,7 @@ def section(runs: Sequence[RunLog]) -> str:
         "table are the last validation's and the mean of the last tenth of the steps. Peak memory is the largest "
         "until then.</p>"
     )
-    warnings = "".join(f"<p>{text(sentence)}</p>" for sentence in _emulated(runs))
+    warnings = "".join(f"<p>{text(sentence)}</p>" for sentence in [*_emulated(runs), *_slow_ranks(runs)])
     return f"<p>{text(lead(runs))}</p>{table}{note}{warnings}{_charts(runs)}"
 
 
@@ -135,6 +136,12 @@ def _emulated(runs: Sequence[RunLog]) -> list[str]:
         cards = {name: known[name].card for name in _techniques(run.settings) if name in known}
         found |= dict.fromkeys(emulated(cards, "cuda" if gpu else "cpu"))
     return list(found)
+
+
+def _slow_ranks(runs: Sequence[RunLog]) -> list[str]:
+    """What is said of ranks for which the others of their run waited again and again."""
+    found = ((run, [one for step in run.steps if (one := Slowest.of(step)) is not None]) for run in runs)
+    return [f"{run.name}: {one}" for run, compared in found for one in stragglers(compared).values()]
 
 
 def _row(run: RunLog) -> str:

@@ -16,12 +16,14 @@ from scrimp import checkpoint
 from scrimp.energy import Energy
 from scrimp.errors import UserError
 from scrimp.folder import RunFolder
+from scrimp.launching import name_of_launch
 from scrimp.meter import memory_peak
 from scrimp.models.generate import written
 from scrimp.restore import fingerprint
 from scrimp.run import Run
 from scrimp.sharding import whole
 from scrimp.stages import shared
+from scrimp.stragglers import Lookout
 from scrimp.tasks.sums import evaluated
 from scrimp.world import ALONE, SAMPLES, World
 
@@ -50,6 +52,8 @@ class Session:
     """What identifies the weights that checkpoints leave out."""
     energy: Energy = field(default_factory=Energy)
     """Of the machine, where it can be read."""
+    lookout: Lookout = field(default_factory=Lookout)
+    """For ranks that are slower than the others."""
     ended: str = ""
     """Why the run is at its end, if it is: finished, or stopped early."""
 
@@ -96,6 +100,7 @@ def snapshot(run: Run, session: Session, name: str = "", whole: bool = False) ->
         "worse": session.worse,
         "validation": session.latest,
         "ended": session.ended,
+        "launch": name_of_launch(),
     }
     path = session.folder.save(run.state(partial), meta, run.clock.step, kept.keep, name)
     session.observe("checkpoint", {"path": path})
@@ -132,9 +137,14 @@ def record(run: Run, session: Session, fields: dict[str, Any]) -> None:
             "peak_bytes": memory_peak(run.device)}  # fmt: skip
     if (joules := session.energy.joules()) is not None:
         line["joules"] = joules
+    if (slowest := session.lookout.compare(run.clock.step, fields["seconds"], run.stopwatch, run.world)) is not None:
+        line |= slowest.fields()
     if session.folder is not None:
         session.folder.write(line)
     session.observe("step", line)
+    for straggler in session.lookout.news():
+        if run.world.first:
+            session.observe("note", {"text": f"Warning: {straggler}"})
 
 
 def non_finite(run: Run, value: float) -> UserError:

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from scrimp import checkpoint
 from scrimp.allocator import lean
 from scrimp.clock import Clock, Duration
-from scrimp.errors import UserError
+from scrimp.errors import LostError, UserError
 from scrimp.folder import RunFolder
-from scrimp.launching import spread
 from scrimp.plain import counted
 from scrimp.products import fast_products
 from scrimp.recipe import Recipe
@@ -38,7 +37,7 @@ from scrimp.session import (
     snapshot,
 )
 from scrimp.stages import new_clock, stage_end, validation_batches
-from scrimp.world import World, arranged, joined, ranks
+from scrimp.world import World, arranged, joined, lost, ranks, spread
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -103,6 +102,8 @@ def _guarded(session: Session, begin: Callable[[], Begun]) -> Result:
         with _interruptible(session), fast_products():
             return _stages(begun, session)
     except (MemoryError, RuntimeError) as error:
+        if ranks() > 1 and lost(error):
+            raise LostError("another rank has ended, or does not answer.", "", "Its log says why.") from None
         if begun is None or not out_of_memory(error):
             raise
         # The frames hold the run; without them its memory is free for the plans that follow.
@@ -236,15 +237,19 @@ def _stage(run: Run, end: int, session: Session) -> str:
     while clock.position < end and not clock.done:
         began = time.perf_counter()
         session.energy.joules()
+        run.stopwatch.begin(run.device, run.world)
         batch = run.batch(clock.step)
+        run.stopwatch.pause()
         count, tokens = counted(run, batch)
         lr = run.set_lr()
         loss = run.world.total(run.backward(batch, count))
         value = run.read(loss, worst=0.0)
         if not math.isfinite(value):
             raise non_finite(run, value)
+        run.stopwatch.resume()
         updated = run.step()
         run.optimizer.zero_grad(set_to_none=True)
+        run.stopwatch.end()
         clock.tick(recipe.batch, tokens)
         record(run, session, {"loss": value, "lr": lr, "updated": updated, "tokens": tokens,
                               "seconds": time.perf_counter() - began})  # fmt: skip

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,7 +31,7 @@ from scrimp.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from scrimp.recipe import Mesh
+    from scrimp.recipe import Mesh, Recipe
 
 AXES: Final = ("pipeline", "replica", "data", "context", "tensor")
 SAMPLES: Final = ("replica", "data")
@@ -42,6 +42,8 @@ JOINED: Final = (SAMPLES, PARTS, ("data", "context"))
 """Axes that are asked for as one."""
 WAIT: Final = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
+LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""What gloo says where another rank has ended."""
 
 
 @dataclass(frozen=True)
@@ -194,3 +196,23 @@ def sizes(mesh: Mesh, ranks: int) -> dict[str, int]:
         what = f"the mesh ({told}) has {fixed} {'rank' if fixed == 1 else 'ranks'}, and {ranks} run."
         raise UserError(what, "mesh", f"Start {fixed} with `scrimp launch --ranks {fixed}`, or change `mesh`.")
     return shape
+
+
+def spread(recipe: Recipe, ranks: int) -> Recipe:
+    """A recipe for several ranks: where it does not say how they share samples, each holds the whole model.
+
+    Raises:
+        UserError: if the mesh has another number of ranks.
+    """
+    shape = sizes(recipe.mesh, ranks)
+    served = {axis for t in recipe.techniques for axis in t.card.axes}
+    if all(shape[axis] == 1 or axis in served for axis in SAMPLES):
+        return recipe
+    from scrimp.registry import technique_class
+
+    return replace(recipe, techniques=(*recipe.techniques, technique_class("replicate")()))
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another rank has ended or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in LOST)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks
 from scrimp.replicas import Owned, summed
+from scrimp.stopwatch import watch
 from scrimp.technique import Card, Technique
 from scrimp.world import PARTS
 
@@ -110,7 +111,14 @@ class Zero(Technique):
 
     def backward(self, backward: Backward, run: Run) -> Backward:
         """Stage 1 sums gradients as plain data parallelism does; the hooks of `fully_shard` do it otherwise."""
-        return backward if self.shards or run.world.ranks(*PARTS) == 1 else summed(backward, run, self.bucket)
+        if run.world.ranks(*PARTS) == 1:
+            return backward
+        if not self.shards:
+            return summed(backward, run, self.bucket)
+        if run.world.ranks("context", "tensor") == 1:
+            for part in _sharded(run.model)[1:]:
+                watch(part, run.stopwatch)
+        return backward
 
     def evaluate(self, evaluate: Evaluate, run: Run) -> Evaluate:
         """Give weights up afterwards: without a backward pass nothing else does."""
