@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
@@ -64,7 +65,8 @@ class LiveBytes(TorchDispatchMode):
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """The memory behind a tensor; that of its parts when it wraps others, none if it is on disk or only shapes."""
     if not is_traceable_wrapper_subclass(tensor):
-        without = tensor.device.type == "meta" or extent_of(tensor) is not None
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        without = device.type == "meta" or extent_of(tensor) is not None
         return [] if without else [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     parts = [getattr(tensor, name) for name in names]

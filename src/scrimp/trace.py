@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from scrimp.meter import LiveBytes, storages
@@ -172,6 +173,8 @@ class Trace(LiveBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # Asked for more often than all operators run: without the way through the mode.
         if func.namespace not in ("aten", "c10d", "_c10d_functional"):
             out = func(*args, **kwargs)
             self.register(out)

@@ -1,0 +1,62 @@
+"""Plans of many ranks: pieces of weights are made for the rank that is planned only, and come out as torch's."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+from scrimp.planning import Plan, plan
+from scrimp.ranks import pretended
+from scrimp.sharding import Alike, put
+from scrimp.techniques.parallelism import zero
+from tiny import TinyData, example, recipe
+
+DATA = TinyData(context=16)
+
+
+def planned(ranks: int) -> Plan:
+    made = recipe(example("adamw"), example("zero"), example("clip"), model={"width": 24, "heads": 2}, data=DATA,
+                  batch=ranks)  # fmt: skip
+    return plan(made, "H100", DATA.open(), ranks=ranks)
+
+
+def test_alike_pieces_change_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = planned(10)  # of which a width of 24 has uneven pieces
+    monkeypatch.setattr(zero, "Alike", nullcontext)
+    slow = planned(10)
+    assert quick.stages == slow.stages and quick.memory == slow.memory
+
+
+@given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 1))
+def test_alike_pieces_have_the_shapes_of_torchs(length: int, ranks: int, dim: int) -> None:
+    whole = torch.empty((length, 3) if dim == 0 else (3, length), device="meta")
+    pieces = torch.chunk(whole, ranks, dim)
+    with Alike():
+        alike = torch.chunk(whole, ranks, dim)
+    assert [p.shape for p in alike[: len(pieces)]] == [p.shape for p in pieces]
+    assert len({id(p) for p in alike}) <= 3, "as many tensors as ranks are slow to make"
+    assert len(alike) == ranks and not any(p.numel() for p in alike[len(pieces) :])
+
+
+def test_values_are_cut_as_ever() -> None:
+    with Alike():
+        pieces = torch.chunk(torch.arange(5), 2)
+    assert [p.tolist() for p in pieces] == [[0, 1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("rank", range(6))
+@pytest.mark.parametrize("length", [1, 4, 7])
+def test_a_rank_takes_its_own_piece_of_values(length: int, rank: int) -> None:
+    whole = torch.arange(2.0 * length).view(length, 2)
+    with pretended(6, rank):
+        mesh = init_device_mesh("cpu", (2, 3), mesh_dim_names=("replica", "data"))
+        wanted = distribute_tensor(whole, mesh, [Replicate(), Shard(0)], src_data_rank=None)
+        own = distribute_tensor(torch.zeros_like(whole), mesh, [Replicate(), Shard(0)], src_data_rank=None)
+        put(own, whole)
+        assert torch.equal(own.to_local(), wanted.to_local())
