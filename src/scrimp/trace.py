@@ -176,11 +176,11 @@ class Trace(LiveBytes):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # Asked for more often than all operators run: without the way through the mode.
         if func.namespace not in ("aten", "c10d", "_c10d_functional"):
-            out = func(*args, **kwargs)
+            out = self._run(func, args, kwargs)
             self.register(out)
             return out
         module, phase = self._module(), self._phase()
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         op = described(func, args, kwargs, out, module, phase)
         self._current, before = len(self.ops), self.live
         self.ops.append(op)

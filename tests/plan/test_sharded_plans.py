@@ -60,3 +60,15 @@ def test_a_rank_takes_its_own_piece_of_values(length: int, rank: int) -> None:
         own = distribute_tensor(torch.zeros_like(whole), mesh, [Replicate(), Shard(0)], src_data_rank=None)
         put(own, whole)
         assert torch.equal(own.to_local(), wanted.to_local())
+
+
+def test_weights_that_are_given_up_after_a_block_are_not_counted() -> None:
+    def live(layers: int, stage: int) -> int:
+        techniques = example("sgd"), example("recompute"), zero.Zero(stage=stage)
+        model = {"width": 128, "heads": 2, "layers": layers, "dropout": 0.0}
+        made = recipe(*techniques, model=model, data=DATA, batch=16)
+        return plan(made, "H100", DATA.open(), ranks=16).live
+
+    block = 4 * 12 * 128**2  # bytes of a block's matrices
+    assert live(6, stage=3) - live(2, stage=3) < 2 * block
+    assert live(6, stage=2) - live(2, stage=2) > 4 * block
