@@ -11,13 +11,16 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
+from scrimp.machines.machine import Machine
 from scrimp.planning import Plan, plan
+from scrimp.planview import as_json, duration, text
 from scrimp.ranks import pretended
 from scrimp.sharding import Alike, put
 from scrimp.techniques.parallelism import zero
 from tiny import TinyData, example, recipe
 
 DATA = TinyData(context=16)
+LINKED = Machine(name="any", device="cpu", memory=1 << 34, flops={"float32": 1e11}, bandwidth=1e10, link=1e9, node=4)
 
 
 def planned(ranks: int) -> Plan:
@@ -72,3 +75,28 @@ def test_weights_that_are_given_up_after_a_block_are_not_counted() -> None:
     block = 4 * 12 * 128**2  # bytes of a block's matrices
     assert live(6, stage=3) - live(2, stage=3) < 2 * block
     assert live(6, stage=2) - live(2, stage=2) > 4 * block
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_weights_gradients_and_states_are_those_of_the_paper(stage: int) -> None:
+    made = recipe(example("adamw"), zero.Zero(stage=stage), model={"width": 64, "heads": 2}, data=DATA, batch=4)
+    found = plan(made, LINKED, DATA.open(), ranks=4).stages[0]
+    whole = 4 * found.parameters
+    shares = {"weights": 4 if stage > 1 else 1, "gradients": 4 if stage > 1 else 1, "states": 4}
+    # Stage 1 gives out whole parameters, the largest first, so that the first rank has no less than its share.
+    slack = 1.01 if stage > 1 else 1.5
+    for kind, ranks in shares.items():
+        wanted = whole * (2 if kind == "states" else 1) / ranks
+        assert wanted <= found.most[kind] <= wanted * slack + 500, kind
+    assert (found.most["gathered"] >= whole) == (stage == 2)
+    assert (found.most["gathered"] > 0) == (stage > 1)
+
+
+def test_text_and_json_say_what_a_stage_sends_and_how_long_it_waits() -> None:
+    made = recipe(example("sgd"), example("pipeline"), mesh={"pipeline": 2}, data=DATA, batch=8)
+    found = plan(made, LINKED, DATA.open(), ranks=2)
+    stage = found.stages[0]
+    assert 0 < stage.sending < stage.seconds and 0 < stage.waiting < stage.seconds
+    assert f"for {duration(stage.sending)}, and waits for others {duration(stage.waiting)}" in text(found)
+    told = as_json(found)["stages"][0]
+    assert (told["sending"], told["waiting"], told["kinds"]) == (stage.sending, stage.waiting, stage.most)
