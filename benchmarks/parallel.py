@@ -2,12 +2,14 @@
 
     python benchmarks/parallel.py               # everything, to evidence/parallel.json; a quarter of an hour
     python benchmarks/parallel.py --only parity # or memory, clusters, killed
+    python benchmarks/parallel.py --only clusters --out other.json
 
 `parity`: ten steps of SGD in float64 with dropout on two and on four ranks; the largest difference of weights and
 moments from one process, each tensor by its own largest number. `memory`: the highest live bytes of a rank, planned and
-counted. `clusters`: plans for groups of devices that only pretend, beside the sizes that the paper of ZeRO computes for
-weights, gradients and Adam's states in float32. `killed`: a rank of two is killed ten times at some step; seconds until
-both are gone, and whether the run that goes on ends with the weights of one that was left alone, bit for bit.
+counted. `clusters`: plans of all stages of ZeRO for groups of devices that only pretend: the most that weights,
+gradients and Adam's states take, beside the sizes that the paper computes for them. `killed`: a rank of two is killed
+ten times at some step; seconds until both are gone, and whether the run that goes on ends with the weights of one that
+was left alone, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +54,7 @@ LARGE: Final = {
     "7 billion": {"layers": 32, "width": 4096, "heads": 32, "vocab": 32000, "dropout": 0.0},
     "70 billion": {"layers": 80, "width": 8192, "heads": 64, "vocab": 32000, "dropout": 0.0},
 }
-RANKS: Final = {"7 billion": (8, 64, 512, 4096), "70 billion": (64, 4096)}
+RANKS: Final = (8, 64, 512, 4096)
 
 
 def recipe(techniques: dict[str, Any], mesh: dict[str, int], **more: Any) -> Any:
@@ -102,32 +105,32 @@ def memory(layout: str) -> dict[str, Any]:
 
 
 def clusters() -> list[dict[str, Any]]:
-    """Planned bytes of a rank of ZeRO for models and numbers of ranks that are not here."""
+    """Planned bytes of the first rank of ZeRO, for models and numbers of ranks that are not here."""
     from scrimp.planning import plan
 
     rows: list[dict[str, Any]] = []
-    for name, model in LARGE.items():
-        for ranks in RANKS[name]:
-            made = recipe(
-                {"adamw": {}, "zero": {"stage": 3}, "recompute": {}, "fused_loss": {}}, {}, model=model, batch=ranks,
-                data={"source": "python-stdlib", "tokenizer": "bytes", "context": 2048}, dtype="float32",
-                duration="2 step", validate={"every": 0},
-            )  # fmt: skip
-            began = time.time()
-            found = plan(made, "H100", ranks=ranks)
-            weights, kinds = found.worst.parameters, found.worst.peak.kinds
-            rows.append({
-                "model": name, "weights": weights, "ranks": ranks, "planned": found.live, "kinds": kinds,
-                "formula": {str(s): int(size) for s, size in sharded(weights, ranks).items()},
-                "planning_seconds": time.time() - began,
-            })  # fmt: skip
-            print(rows[-1], flush=True)
+    for (name, model), ranks, stage in product(LARGE.items(), RANKS, (1, 2, 3)):
+        made = recipe(
+            {"adamw": {}, "zero": {"stage": stage}, "recompute": {}, "fused_loss": {}}, {}, model=model, batch=ranks,
+            data={"source": "python-stdlib", "tokenizer": "bytes", "context": 2048}, dtype="float32",
+            duration="2 step", validate={"every": 0},
+        )  # fmt: skip
+        began = time.process_time()
+        found = plan(made, "H100", ranks=ranks)
+        weights = found.worst.parameters
+        rows.append({
+            "model": name, "weights": weights, "ranks": ranks, "stage": stage, "planned": found.live,
+            "kinds": found.worst.most, "formula": sharded(4 * weights, ranks, stage),
+            "planning_seconds": time.process_time() - began,
+        })  # fmt: skip
+        print(rows[-1], flush=True)
     return rows
 
 
-def sharded(weights: int, ranks: int) -> dict[int, float]:
-    """Stage -> bytes of weights, gradients and Adam's states of a rank, all in float32."""
-    return {1: 8 * weights + 8 * weights / ranks, 2: 4 * weights + 12 * weights / ranks, 3: 16 * weights / ranks}
+def sharded(size: int, ranks: int, stage: int) -> dict[str, float]:
+    """Kind -> bytes of a rank for so many bytes of weights, with twice as many of Adam's states: the paper's K = 2."""
+    kinds = {"weights": (size, 3), "gradients": (size, 2), "states": (2 * size, 1)}
+    return {kind: whole / ranks if stage >= least else whole for kind, (whole, least) in kinds.items()}
 
 
 def killed(times: int) -> list[dict[str, Any]]:

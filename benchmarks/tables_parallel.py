@@ -36,12 +36,18 @@ def parallel_memory() -> str:
 
 
 def parallel_clusters() -> str:
-    """Plans for groups that are not here."""
-    lines = [[row["model"], f"{row['ranks']:,}", f"{row['formula']['3'] / 1e9:.2f}",
-              f"{(row['kinds']['weights'] + row['kinds']['states']) / 1e9:.2f}", f"{row['planned'] / 1e9:.2f}"]
-             for row in rows("clusters")]  # fmt: skip
-    head = ["weights", "ranks", "paper: weights, gradients, states, GB", "planned: weights and states, GB",
-            "planned: highest, GB"]  # fmt: skip
+    """Plans for groups that are not here. Stage 2 of ZeRO holds whole weights beside its part of them."""
+    lines: list[list[str]] = []
+    for row in rows("clusters"):
+        kinds, formula = row["kinds"], sum(row["formula"].values())
+        held = sum(kinds[kind] for kind in ("weights", "gradients", "states"))
+        held += kinds["gathered"] if row["stage"] == 2 else 0
+        lines.append([
+            row["model"], f"{row['ranks']:,}", str(row["stage"]), *(f"{size / 1e9:.3f}" for size in (formula, held)),
+            f"{100 * (held / formula - 1):+.1f} %", f"{row['planned'] / 1e9:.2f}",
+        ])  # fmt: skip
+    head = ["weights", "ranks", "stage", "paper: weights, gradients, states, GB", "planned: the same, GB", "gap",
+            "planned: highest of all, GB"]  # fmt: skip
     return table(head, lines) if lines else "Not measured yet."
 
 

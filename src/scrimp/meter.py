@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 
@@ -24,7 +25,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live storages made inside the context, and their peak. Works on real and on fake tensors.
 
     A storage counts from the operator that returns it until its last tensor is gone; views and aliases count once.
-    What an operator needs only while it runs is not seen.
+    What an operator needs only while it runs is not seen. What an engine such as `fully_shard` fills by an operator of
+    its own, it may also empty and grow again, of which no operator tells: those storages are looked at before each one.
 
     Attributes:
         live: bytes alive now, of storages made or registered since the context began.
@@ -35,6 +37,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
+        self._loose: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        """Storages that may be resized."""
 
     def register(self, value: Any) -> None:
         """Count the storages of tensors made before the context began."""
@@ -55,8 +59,24 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
 
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator, with what was resized before it."""
+        for key, found in list(self._loose.items()):
+            storage = found()
+            if storage is not None and storage.nbytes() != self._sizes.get(key):
+                self._add(storage)
+            if storage is None or not storage.nbytes():
+                del self._loose[key]
+        out = func(*args, **kwargs)
+        if func.namespace == "fsdp":
+            for tensor in tree_iter((args, kwargs)):
+                for storage in storages(tensor) if isinstance(tensor, torch.Tensor) else ():
+                    self._add(storage)
+                    self._loose[storage._cdata] = weakref.ref(storage)  # pyright: ignore[reportPrivateUsage]
+        return out
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         self.register(out)
         return out
 
@@ -64,7 +84,8 @@ class LiveBytes(TorchDispatchMode):
 def storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
     """The memory behind a tensor; that of its parts when it wraps others, none if it is on disk or only shapes."""
     if not is_traceable_wrapper_subclass(tensor):
-        without = tensor.device.type == "meta" or extent_of(tensor) is not None
+        device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+        without = device.type == "meta" or extent_of(tensor) is not None
         return [] if without else [tensor.untyped_storage()]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     parts = [getattr(tensor, name) for name in names]

@@ -36,7 +36,7 @@ from scrimp.ranks import links, pretended, sending, sent
 from scrimp.run import Run, build
 from scrimp.stages import new_clock, stage_end, validation_batches
 from scrimp.technique import Cost
-from scrimp.trace import Moment, Trace, peak
+from scrimp.trace import Moment, Trace, most, peak
 from scrimp.world import World, arranged, spread
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ class StagePlan:
     """Of the seconds, those in which it sends."""
     waiting: float = 0.0
     """Of the seconds, those in which it waits for ranks that compute."""
+    most: dict[str, int] = field(default_factory=dict[str, int])
+    """Kind of memory -> its highest bytes, each at a moment of its own."""
 
     def flops(self) -> dict[str, float]:
         """Phase -> FLOPs of a step."""
@@ -250,7 +252,7 @@ class DryRun:
         segments, held = reserved(trace.blocks) if self.target.device == "cuda" else (0, 0)
         planned = StagePlan(
             clock.stage, count, tokens, moment, line, segments, held, step, seconds, slowest,
-            *weights(run.model), sent(step), sends, waits,
+            *weights(run.model), sent(step), sends, waits, most(trace),
         )  # fmt: skip
         with self.mode:
             state = tree_map_only(Tensor, lambda t: t.detach().clone(), run.state())

@@ -41,7 +41,7 @@ def _memory(plan: Plan, worst: StagePlan) -> list[str]:
     peak = worst.peak
     place = f"stage {worst.number}, {peak.part}" if len(plan.stages) > 1 else peak.part
     lines = [f"Memory at its highest ({place})"]
-    lines += [f"  {kind:14}{size(held):>12}" for kind, held in peak.kinds.items()]
+    lines += [f"  {kind:14}{size(held):>12}" for kind, held in peak.kinds.items() if held or kind != "gathered"]
     at = f"  when {peak.op.module or 'the model itself'} runs {peak.op.name} ({peak.op.phase})" if peak.op else ""
     if peak.op and peak.op.phase == "update":
         at = f"  when the optimizer runs {peak.op.name}"
@@ -93,7 +93,8 @@ def _time(plan: Plan) -> list[str]:
         "  " + ", ".join(f"{name.removeprefix('aten.')} {time / last.seconds:.0%}" for name, time in last.slowest[:5]),
     ]  # fmt: skip
     if plan.ranks > 1:
-        lines.append(f"  each of {plan.ranks:,} ranks; it sends {size(last.sent)} a step")
+        lines.append(f"  each of {plan.ranks:,} ranks; of a step it sends {size(last.sent)} for "
+                     f"{duration(last.sending)}, and waits for others {duration(last.waiting)}")  # fmt: skip
     if plan.joules is not None:
         lines.append(f"  about {plan.joules / 3.6e6:.3g} kWh at {plan.machine.power:.0f} W")
     return lines
@@ -218,6 +219,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "reserved": s.reserved,
                 "seconds": s.seconds,
                 "sent": s.sent,
+                "sending": s.sending,
+                "waiting": s.waiting,
+                "kinds": s.most,
                 "flops": s.flops(),
                 "moved": s.moved(),
             }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,33 @@ def _part(own: Any, values: Tensor) -> Tensor:
         values = cut.part(values)
     if not sharded(own):
         return values
-    from torch.distributed.tensor import distribute_tensor
+    # Only its own: torch's `distribute_tensor` makes the parts of all ranks first.
+    for axis, placement in enumerate(own.placements):
+        if placement.is_shard():
+            dim, ranks, place = placement.dim, own.device_mesh.size(axis), own.device_mesh.get_local_rank(axis)
+            length, size = values.shape[dim], -(-values.shape[dim] // ranks)
+            start = min(place * size, length)
+            values = values.narrow(dim, start, min(size, length - start))
+    return values.to(own.device_mesh.device_type)
 
-    values = values.to(own.device_mesh.device_type)
-    return distribute_tensor(values, own.device_mesh, own.placements, src_data_rank=None).to_local()
+
+class Alike(TorchFunctionMode):
+    """Inside, chunks of a tensor on meta are one object for each shape: without values, all ranks' pieces are alike.
+
+    `fully_shard` cuts each parameter for all ranks to keep one piece, which takes seconds for hundreds of ranks.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.chunk or args[0].device.type != "meta":
+            return func(*args, **kwargs)
+        return _alike(*args, **kwargs)
+
+
+def _alike(tensor: Tensor, chunks: int, dim: int = 0) -> list[Tensor]:
+    """As `torch.chunk`, which makes fewer where they do not come out even: here the missing ones are empty."""
+    length = tensor.shape[dim]
+    size = -(-length // chunks)
+    found = [tensor.narrow(dim, 0, size)] * (length // size)
+    found += [tensor.narrow(dim, 0, length % size)] if length % size else []
+    return found + [tensor.new_empty(0)] * (chunks - len(found))

@@ -13,13 +13,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
 from scrimp.meter import LiveBytes, storages
 from scrimp.ops import Op, described
 
-KINDS: Final = ("weights", "gradients", "states", "activations", "workspace")
-"""What memory is for, in the order of a table. Workspace is what backward passes and updates hold in between."""
+KINDS: Final = ("weights", "gradients", "states", "gathered", "activations", "workspace")
+"""What memory is for, in the order of a table. Gathered are whole weights of which this rank holds a part; workspace is
+what backward passes and updates hold in between."""
 
 
 @dataclass(slots=True)
@@ -172,12 +174,16 @@ class Trace(LiveBytes):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # Asked for more often than all operators run: without the way through the mode.
         if func.namespace not in ("aten", "c10d", "_c10d_functional"):
-            out = func(*args, **kwargs)
+            out = self._run(func, args, kwargs)
             self.register(out)
+            if func._schema.name == "fsdp::split_with_sizes_copy":
+                self.mark(kwargs["out"], "gathered")
             return out
         module, phase = self._module(), self._phase()
-        out = func(*args, **kwargs)
+        out = self._run(func, args, kwargs)
         op = described(func, args, kwargs, out, module, phase)
         self._current, before = len(self.ops), self.live
         self.ops.append(op)
@@ -204,15 +210,26 @@ def peak(trace: Trace) -> tuple[Moment, list[tuple[int, str]]]:
     return moment(trace, at), line
 
 
+def most(trace: Trace) -> dict[str, int]:
+    """Kind of memory -> its highest bytes, each at a moment of its own."""
+    live, found = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    changes = [(b.born, b.size, b.kind) for b in trace.blocks]
+    changes += [(b.died, -b.size, b.kind) for b in trace.blocks if b.died >= 0]
+    for _, change, kind in sorted(changes):
+        live[kind] += change
+        found[kind] = max(found[kind], live[kind])
+    return found
+
+
 def moment(trace: Trace, at: int) -> Moment:
-    """Memory after an event. Weights, gradients and states are one holder each, as their makers say little of them."""
+    """Memory after an event. Activations and workspace are told by who made them; each other kind is one holder."""
     kinds: dict[str, int] = dict.fromkeys(KINDS, 0)
     holders: dict[tuple[str, str], int] = {}
     for block in trace.blocks:
         if block.born <= at and (block.died < 0 or block.died > at):
             kinds[block.kind] += block.size
             op = trace.ops[block.op] if block.op >= 0 else None
-            single = block.kind in ("weights", "gradients", "states") or op is None
+            single = block.kind in KINDS[:4] or op is None
             key = ("", block.kind) if single or op is None else (op.module, op.name)
             holders[key] = holders.get(key, 0) + block.size
     newest = max((b for b in trace.blocks if b.born <= at), key=lambda b: b.born, default=None)

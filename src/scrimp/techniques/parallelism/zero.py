@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from scrimp.errors import UserError
 from scrimp.models.seams import blocks
 from scrimp.replicas import Owned, summed
+from scrimp.sharding import Alike
 from scrimp.stopwatch import watch
 from scrimp.technique import Card, Technique
 from scrimp.world import PARTS
@@ -84,10 +85,11 @@ class Zero(Technique):
 
         mesh = _mesh(run.world)
         scalars = {p for p in model.parameters() if not p.ndim}
-        for part in _apart(model, run.where(self)):
-            fully_shard(part, mesh=mesh, reshard_after_forward=self.stage == 3, ignored_params=scalars)
-        # What is not in a block is needed first in the backward pass, or by a head that runs after `forward`.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
+        with Alike():
+            for part in _apart(model, run.where(self)):
+                fully_shard(part, mesh=mesh, reshard_after_forward=self.stage == 3, ignored_params=scalars)
+            # What is not in a block is needed first in the backward pass, or by a head that runs after `forward`.
+            fully_shard(model, mesh=mesh, reshard_after_forward=False, ignored_params=scalars)
         for part in _sharded(model):
             # Losses are divided by the count of all ranks already.
             part.set_gradient_divide_factor(1.0)
