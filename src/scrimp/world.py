@@ -17,7 +17,7 @@ here sends anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -94,10 +94,17 @@ class World:
 
     def total(self, value: Tensor, *axes: str) -> Tensor:
         """The sum of a tensor over the ranks of some axes (those that see other parts of a batch), in a new one."""
-        for axis in axes or PARTS:
+        return self._reduced(value, torch.distributed.ReduceOp.SUM, axes or PARTS)
+
+    def largest(self, value: Tensor, *axes: str) -> Tensor:
+        """The largest of each number over the ranks of some axes (those that see other parts of a batch)."""
+        return self._reduced(value, torch.distributed.ReduceOp.MAX, axes or PARTS)
+
+    def _reduced(self, value: Tensor, how: Any, axes: Sequence[str]) -> Tensor:
+        for axis in axes:
             if self.ranks(axis) > 1:
                 value = value.clone()
-                torch.distributed.all_reduce(value, group=self.group(axis))
+                torch.distributed.all_reduce(value, how, group=self.group(axis))
         return value
 
     def any(self, flag: bool) -> bool:

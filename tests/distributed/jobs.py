@@ -5,6 +5,7 @@ References are computed by the test in one process and handed over in a file nam
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +140,8 @@ def catalogue(name: str) -> dict[str, Any]:
             found[f"{technique}, whole tokens"] = tried(
                 technique, [technique_class("tensor")(sequence=False)], mesh(name, 2), wanted
             )
+    if name == "replicate":
+        found["token_drop, by loss"] = float(len(hardest()))
     return found
 
 
@@ -155,7 +158,31 @@ def tried(technique: str, beside: list[Any], axes: Any, wanted: dict[str, Tensor
         return f"{type(error).__name__}: {error}"
     mine = state(run)
     held = names_of_all(mine)
+    if unlike := unlike_on_ranks(mine):
+        return f"a checkpoint would hold one rank's of what they have unlike: {unlike[:4]}"
     return apart(mine, wanted) if held == set(wanted) else f"names differ: {sorted(held ^ set(wanted))[:4]}"
+
+
+def unlike_on_ranks(mine: dict[str, Tensor]) -> list[str]:
+    """Names under which two ranks hold other bits."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, {name: hashlib.sha256(t.cpu().numpy().tobytes()).digest() for name, t in mine.items()})
+    return sorted(
+        {name for own in told for name in own if any(other.get(name, own[name]) != own[name] for other in told)}
+    )
+
+
+def hardest() -> list[str]:
+    """What ranks hold unlike after tokens were dropped by their losses."""
+    from tiny_tasks import Memory
+
+    technique = technique_class("token_drop")(mode="loss", keep=0.5, until=1.0, levels=1, multiple=1)
+    model = {"layers": 3, "width": 16, "heads": 2, "causal": False}
+    given = made(technique, *layout("replicate"), model=model, task="masked-lm", data=Memory("masked-lm"),
+                 duration="2 step", validate={"every": 0}, mesh={"data": 2})  # fmt: skip
+    run = train(given, save=False, force=True).run
+    assert any("memory.token_drop" in name for name in state(run))
+    return unlike_on_ranks(state(run))
 
 
 def short(name: str, *beside: Any, **settings: Any) -> Recipe:
@@ -223,17 +250,26 @@ def measured(name: str) -> Recipe:
                   sample={"tokens": 0}, validate={"every": 0}, mesh=axes)  # fmt: skip
 
 
-def saved() -> str:
-    """A run of zero that is saved on the way; returns its folder."""
-    settings = {"data": "text", "out": str(files()), "name": "run", "checkpoint": {"every": "2 step", "keep": 9}}
-    data = made().data
-    train(made(*layout("zero, stage 3"), **settings), data=data.open(), force=True)
-    return str(files() / "run")
+RULES: dict[str, dict[str, Any]] = {"sgd": {"lr": 0.1, "momentum": 0.9}, "adamw": {"lr": 1e-2}}
+WAYS: dict[str, dict[str, int]] = {"data": {"data": 2}, "tensor": {"tensor": 2, "data": 1}, "alone": {"data": 1}}
+"""Meshes that go on with what four ranks of `data` have saved."""
 
 
-def resumed() -> float:
-    """The same run resumed from its first checkpoint by these ranks: the difference at its end from one process."""
-    data = made().data
-    copy = files() / f"copy-{dist.get_world_size()}"
-    result = train(resume=copy / "checkpoints/step-000000002", data=data.open(), force=True)
-    return apart(state(result.run), torch.load(files() / "alone.pt"))
+def saved() -> None:
+    """Runs of zero that are saved on the way; `tensor` changes nothing yet."""
+    for rule, settings in RULES.items():
+        given = {"data": "text", "out": str(files()), "name": rule, "checkpoint": {"every": "2 step", "keep": 9}}
+        shared = [technique_class(name)() for name in ("zero", "tensor")]
+        train(made(technique_class(rule)(**settings), *shared, **given), data=made().data.open(), force=True)
+
+
+def resumed(rule: str, way: str) -> float:
+    """A copy of such a run resumed from its first checkpoint: the difference at its end from one process."""
+    copy = files() / f"{rule}-{way}/checkpoints/step-000000002"
+    run = train(resume=copy, mesh=WAYS[way], data=made().data.open(), force=True).run
+    return apart(state(run), torch.load(files() / f"{rule}.pt"))
+
+
+def resumed_by_two() -> dict[str, float]:
+    """All that two ranks can resume."""
+    return {f"{rule}, {way}": resumed(rule, way) for rule in RULES for way in WAYS if way != "alone"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
-from distributed.jobs import LAYOUTS, apart, made, measured, mesh, state
+from distributed.jobs import LAYOUTS, RULES, WAYS, made, measured, mesh, resumed, state
 from distributed.ranks import together
 from scrimp.errors import UserError
 from scrimp.planning import plan
@@ -49,13 +50,14 @@ def test_memory_of_a_rank_is_planned(files: Path, ranks: int) -> None:
         assert planned == pytest.approx(live, rel=0.03), name
 
 
-def test_a_checkpoint_of_four_ranks_is_resumed_by_two_and_by_one(files: Path) -> None:
-    alone = train(made(), save=False)
-    torch.save(state(alone.run), files / "alone.pt")
-    run = Path(together(4, "jobs", "saved"))
-    for copy in ("copy-2", "copy-1"):
-        shutil.copytree(run, files / copy)
-    assert together(2, "jobs", "resumed") < 1e-12
-    result = train(resume=files / "copy-1/checkpoints/step-000000002", data=made().data.open(), force=True)
-    assert apart(state(result.run), state(alone.run)) < 1e-12
-    assert len(os.listdir(run / "checkpoints/step-000000002")) > 3, "ranks write files of their own"
+def test_a_checkpoint_of_four_ranks_is_resumed_on_other_meshes(files: Path) -> None:
+    for rule, settings in RULES.items():
+        torch.save(state(train(made(technique_class(rule)(**settings)), save=False).run), files / f"{rule}.pt")
+    together(4, "jobs", "saved")
+    for rule, way in product(RULES, WAYS):
+        shutil.copytree(files / rule, files / f"{rule}-{way}")
+    found = together(2, "jobs", "resumed_by_two") | {f"{rule}, alone": resumed(rule, "alone") for rule in RULES}
+    assert len(found) == len(RULES) * len(WAYS)
+    # AdamW divides gradients that are zero but for rounding by little more than its epsilon.
+    assert all(gap < (1e-12 if label.startswith("sgd") else 1e-11) for label, gap in found.items()), found
+    assert len(os.listdir(files / "sgd/checkpoints/step-000000002")) > 3, "ranks write files of their own"

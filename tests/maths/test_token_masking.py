@@ -17,6 +17,8 @@ from scrimp.models.layers import rotary
 from scrimp.models.masked_autoencoder import MaskedAutoencoderConfig
 from scrimp.models.subsets import drawn, gathered, scattered, some_mask, some_rope
 from scrimp.models.two_towers import ImageTower, TwoTowersConfig
+from scrimp.planning import plan
+from scrimp.registry import technique_class
 from scrimp.tasks.fragment import Fragment, FragmentTask, outputs
 from scrimp.tasks.masked_image import MaskedImage
 from scrimp.techniques.token_masking.flip import seen
@@ -471,3 +473,11 @@ def test_a_share_of_the_tokens_that_rounds_to_all_is_refused() -> None:
     with pytest.raises(UserError, match="are all of them"):
         run_of(recipe(example("token_drop", keep=0.6)))
     run_of(recipe(example("token_drop", keep=0.6, multiple=2)))
+
+
+def test_losses_of_the_last_stage_do_not_reach_the_first() -> None:
+    stages = technique_class("pipeline")()
+    made = recipe(example("token_drop", mode="loss"), stages, mesh={"pipeline": 2, "data": 1}, task="masked-lm",
+                  model={"layers": 4, "width": 16, "heads": 2, "causal": False}, data=Memory("masked-lm"))  # fmt: skip
+    with pytest.raises(UserError, match=r"token_drop\.mode.*first.*mode: random"):
+        plan(made, "here", ranks=2)

@@ -9,7 +9,8 @@ itself rounds nothing.
 
     scaling current    from the tensor itself: one more pass before the cast
     scaling delayed    from the largest max |x| of the last `history` steps, times 2^-margin: the cast needs no pass
-                       first, and what has outgrown the history is cut off at the format's largest number
+                       first, and what has outgrown the history is cut off at the format's largest number. Of
+                       several ranks the largest of all counts
     granularity row    a scale for each row that stays a row in the product, in place of one for the whole tensor
 
 Saves: time where the hardware multiplies FP8 (from NVIDIA's compute capability 8.9 on), and with save fp8 a quarter of
@@ -21,6 +22,7 @@ would hide an overflow: a tensor that is not finite makes the whole product not 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -31,9 +33,12 @@ from torch.autograd import Function
 from scrimp.errors import UserError
 from scrimp.models.seams import linears
 from scrimp.technique import Card, Technique, at_least
+from scrimp.world import PARTS
 
 if TYPE_CHECKING:
     from scrimp.run import Run
+    from scrimp.technique import Step
+    from scrimp.world import World
 
 E4M3: Final = torch.float8_e4m3fn
 E5M2: Final = torch.float8_e5m2
@@ -87,19 +92,57 @@ class FP8(Technique):
     def wrap(self, model: nn.Module, run: Run) -> nn.Module:
         """Delayed scaling: each forward pass of training begins a new entry of the history."""
         if self.scaling == "delayed":
-            mine = [m.product for m in linears(model, self.targets).values()]
+            mine: Any = [m.product for m in linears(model, self.targets).values()]
+            histories = run.plans[run.order.key(self)] = Histories(mine, run.world)
 
             def begin(module: nn.Module, args: Any) -> None:
                 if module.training and torch.is_grad_enabled():
-                    for product in mine:
-                        product.begin()  # type: ignore[attr-defined]
+                    histories.begin()
 
             model.register_forward_pre_hook(begin)
         return model
 
+    def step(self, step: Step, run: Run) -> Step:
+        """Delayed scaling: before the update, what all ranks have seen."""
+        if self.scaling != "delayed":
+            return step
+
+        def agreed() -> bool:
+            run.plans[run.order.key(self)].agree()
+            return step()
+
+        return agreed
+
     def export(self, named: dict[str, Tensor], run: Run) -> dict[str, Tensor]:
         """Without histories."""
         return {name: t for name, t in named.items() if not name.endswith(STATE)}
+
+
+class Histories:
+    """Those of all layers. Ranks that see other parts of a batch have the same, so that they scale alike.
+
+    Args:
+        products: of this rank's layers. world: all ranks.
+    """
+
+    def __init__(self, products: Sequence[Product], world: World) -> None:
+        self.products, self.world, self.grown = products, world, False
+
+    def begin(self) -> None:
+        """A forward pass of training begins a new entry."""
+        self.agree()
+        for product in self.products:
+            product.begin()
+        self.grown = True
+
+    @torch.no_grad()
+    def agree(self) -> None:
+        """The newest entries become the largest that any rank has seen."""
+        if self.grown and self.products and self.world.ranks(*PARTS) > 1:
+            newest = self.world.largest(torch.stack([p.history[:, 0] for p in self.products]))
+            for product, most in zip(self.products, newest, strict=True):
+                product.history[:, 0] = most
+        self.grown = False
 
 
 class Product(nn.Module):

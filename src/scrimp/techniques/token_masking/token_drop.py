@@ -44,10 +44,12 @@ from scrimp.errors import UserError
 from scrimp.models.seams import blocks, wrap_forward
 from scrimp.models.subsets import drawn, gathered, highest, scattered, some_mask, some_rope
 from scrimp.technique import Card, Technique, above_zero, at_least, below_one
+from scrimp.world import ALONE
 
 if TYPE_CHECKING:
     from scrimp.run import Run
     from scrimp.technique import Step
+    from scrimp.world import World
 
 INPUTS = ("x", "rope", "mask", "sample", "cache", "states", "states_mask")
 """What a block takes, which must be known to give it some of the tokens only."""
@@ -131,7 +133,7 @@ class TokenDrop(Technique):
 
         def noted() -> bool:
             updated = step()
-            hardest.note(memory["loss"], self.smoothing)
+            hardest.note(memory["loss"], self.smoothing, run.world)
             return updated
 
         return noted
@@ -141,6 +143,9 @@ class TokenDrop(Technique):
         if getattr(getattr(model, "config", None), "head", "") != "mlm" or model.config.causal:
             what = "`loss` ranks tokens by how hard they are to guess when hidden, and this run hides none."
             raise UserError(what, run.where(self, "mode"), "Use the task `masked-lm`, or set `mode: random`.")
+        if run.world.ranks("pipeline") > 1:
+            what = "`loss` needs the losses of the last stage where tokens are embedded, which is the first."
+            raise UserError(what, run.where(self, "mode"), "Set `mode: random`, or drop `pipeline`.")
         weight = model.embed.weight
         dtype, vocab = torch.promote_types(weight.dtype, torch.float32), len(weight)
         memory = run.memory(self)
@@ -243,10 +248,11 @@ class Hardest(nn.Module):
                 self.total.index_add_(0, ids.clamp(min=0), found)
                 self.count.index_add_(0, ids.clamp(min=0), (ids >= 0).to(found.dtype))
 
-    def note(self, losses: Tensor, smoothing: float) -> None:
-        """Move the running losses [V] of the ids that were seen, and forget what was."""
-        mean = self.total / self.count.clamp(min=1)
-        losses.copy_(torch.where(self.count > 0, smoothing * losses + (1 - smoothing) * mean, losses))
+    def note(self, losses: Tensor, smoothing: float, world: World = ALONE) -> None:
+        """Move the running losses [V] of the ids that any rank has seen, and forget what was."""
+        total, count = world.total(self.total), world.total(self.count)
+        mean = total / count.clamp(min=1)
+        losses.copy_(torch.where(count > 0, smoothing * losses + (1 - smoothing) * mean, losses))
         self.total.zero_()
         self.count.zero_()
 
