@@ -235,7 +235,7 @@ def test_vitcod_does_as_many_heads_at_once_as_its_buffers_hold() -> None:
     assert [layer.parts for layer in vitcod.split(trace, third)] == [3] * 4
     report = simulate([trace], third)
     assert report.bytes["memory"] == 4 * 8 * 16 * (3 + 1 + 1)
-    assert report.parts["load"] == 4 * 8 * (3 + 1 + 1)  # a token's numbers take a cycle
+    assert report.parts["loads"] == 4 * 8 * (3 + 1 + 1)  # a token's numbers take a cycle
     # The released simulator looks at no buffer.
     assert vitcod.split(trace, resized("vitcod_released", keys=1))[0].heads == 4
 
