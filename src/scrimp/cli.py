@@ -119,7 +119,10 @@ def plan(
     machine: Annotated[
         str, typer.Option(help="here, a machine such as A100-80, an accelerator such as elsa.")
     ] = "here",
-    kept: Annotated[float, typer.Option(help="Of an accelerator: share of the keys that a query keeps.")] = 1.0,
+    kept: Annotated[
+        float | None,
+        typer.Option(help="Of an accelerator: share of the keys that a query keeps, if the recipe does not say it."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.", show_default=False)] = None,
     ranks: Annotated[int, typer.Option(help="Devices that share each batch.", min=1)] = 1,
     fit: Annotated[str, typer.Option(help="Search what makes it fit into so much memory, such as 16GB.")] = "",

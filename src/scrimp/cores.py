@@ -31,10 +31,7 @@ from scrimp.models.seams import matching
 
 if TYPE_CHECKING:
     from scrimp.run import Run
-    from scrimp.technique import Batch, Loss, Technique
-
-Three = tuple[Tensor, Tensor, Tensor]
-"""Queries [B, H, T, D], keys and values [B, K, S, D]."""
+    from scrimp.technique import Batch, Loss
 
 
 @dataclass
@@ -59,8 +56,7 @@ class SparseCore(nn.Module):
         select: (q, k with H heads, seen) -> the pairs to keep, bool [B or 1, H, T, S]; None keeps all.
         when: "always", or "evaluation": all pairs in training.
         before: (q, k, v) -> those that are used, in every call.
-        watch: (q, k with H heads, seen); looks at each call of training that leaves gradients, whatever `when` says.
-            Rows of padding see nothing there.
+        watch: (q, k with H heads, seen without rows of padding); sees each call of training, whatever `when` says.
         details: mask -> what a trace says beside it.
 
     Attributes:
@@ -217,8 +213,7 @@ def best(scores: Tensor, seen: Tensor, count: int = 1, each: Tensor | None = Non
 def share_of(seen: Tensor, share: float) -> tuple[int, Tensor]:
     """A share of the keys, rounded up, at least one: the most of any sample, and that of each, [B or 1, 1, 1].
 
-    A sample's keys are those that its widest row sees, so that its choice is the same however long others in the batch
-    are.
+    A sample's keys are those that its widest row sees: the same, however long others in the batch are.
     """
     table = [max(1, math.ceil(share * count)) for count in range(seen.shape[-1] + 1)]
     widest = seen.sum(-1).amax(-1, keepdim=True)
@@ -241,13 +236,14 @@ def replace_cores(model: nn.Module, pattern: str, where: str, make: Callable[[st
             fix = "Give the two techniques disjoint patterns."
             raise UserError(f"`{name}` has another attention core already.", where, fix)
         made[name] = attention.core = make(name, attention)
-        if isinstance(attention.core, SparseCore):
-            attention.core.itself = hasattr(attention, "qkv")
     return made
 
 
-def watch_kept(model: nn.Module, cores: dict[str, Any], run: Run, technique: Technique) -> None:
-    """Log the share of the pairs seen that each training step keeps."""
+def choosing(technique: Any, model: nn.Module, run: Run, make: Callable[[str, Any], nn.Module]) -> dict[str, Any]:
+    """As `replace_cores`, of a technique's `targets`; logs what share of the pairs seen each training step keeps."""
+    cores = replace_cores(model, technique.targets, run.where(technique, "targets"), make)
+    for path, core in cores.items():
+        core.itself = hasattr(model.get_submodule(path), "qkv")
 
     def tell(module: nn.Module, args: Any, out: Any) -> None:
         counts = [core.kept for core in cores.values() if core.kept is not None]
@@ -256,6 +252,7 @@ def watch_kept(model: nn.Module, cores: dict[str, Any], run: Run, technique: Tec
             run.log(technique, kept=run.read(kept / seen, worst=1.0))
 
     model.register_forward_hook(tell)
+    return cores
 
 
 def collected(cores: dict[str, SparseCore]) -> Tensor | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from scrimp.cli import app
 from scrimp.errors import UserError
 from scrimp.machines.accelerators.architecture import accelerator
 from scrimp.machines.accelerators.collect import collect, held_out, traced
@@ -18,7 +22,7 @@ from scrimp.machines.accelerators.planned import attention
 from scrimp.machines.accelerators.report import simulate
 from scrimp.machines.machine import KNOWN
 from scrimp.models.layers import AttentionCore
-from scrimp.planning import plan
+from scrimp.planning import Plan, plan
 from tiny import example, recipe, run_of
 
 
@@ -70,8 +74,14 @@ def test_the_mask_of_a_call_is_the_trace(additive: bool) -> None:
     assert trace.full()[3, 0].tolist() == [True, True, False, False]
 
 
+@cache
+def planned() -> Plan:
+    """A plan with cores of a technique."""
+    return plan(recipe(example("sgd"), example("elsa")), KNOWN["V100"])
+
+
 def test_a_plan_has_the_attention_of_a_step() -> None:
-    made = plan(recipe(example("sgd")), KNOWN["V100"])
+    made = planned()
     found = attention(made, accelerator("elsa_base"), 1.0)
     # Four layers of two heads in each of four sequences: a head a copy, 16 queries of 4 cycles.
     assert [(each.shape, each.count) for each in found.layers] == [((8, 16, 16, 16), 4)]
@@ -81,6 +91,44 @@ def test_a_plan_has_the_attention_of_a_step() -> None:
     for kept, machine, said in ((0.0, "elsa", "--kept"), (1.0, "outerspace", "does no attention")):
         with pytest.raises(UserError, match=said):
             attention(made, accelerator(machine), kept)
+
+
+@pytest.mark.parametrize(
+    ("technique", "kept", "said"),
+    [
+        ("dota", 0.25, "The share is `techniques.dota.keep`."),
+        (
+            "elsa",
+            1.0,
+            "How many keys elsa will keep shows in training: this plan keeps all. Give --kept 0.25, or train",
+        ),
+        ("accumulate", 1.0, "Nothing in the recipe leaves out keys, so that all are kept."),
+    ],
+)
+def test_a_plan_keeps_what_the_recipe_says_or_says_that_it_keeps_all(technique: str, kept: float, said: str) -> None:
+    made = replace(planned(), recipe=recipe(example("sgd"), example(technique)))
+    found = attention(made, accelerator("elsa"))
+    assert found.kept == kept
+    assert said in found.text() and f"{kept:.0%} of the keys kept" in found.text()
+    assert said in found.as_json()["accelerator"]["kept_from"]
+    assert found.layers[0].report.work["array"] == 2 * 8 * 16 * 16 * kept * 16
+    asked = attention(made, accelerator("elsa"), 0.5)
+    assert asked.kept == 0.5 and "The share was asked for." in asked.text()
+
+
+@pytest.mark.parametrize("name", ["a3", "elsa", "sanger", "dota", "vitcod"])
+def test_a_run_without_cores_is_dense_on_every_machine_and_says_so(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scrimp.inference.open_run", lambda place: plain_run())
+    done = CliRunner().invoke(app, ["simulate", "anywhere", "--machine", name, "--sequences", "2"])
+    assert done.exit_code == 0, done.output
+    assert "8 attention layers of 2 held-out sequences, 53.1% of the scores kept" in done.output
+    assert f"Note: The attention is dense: nothing chose keys for {name} to skip." in done.output
+
+
+@cache
+def plain_run() -> Any:
+    """A run that no core was given to."""
+    return run_of(recipe(example("sgd")))
 
 
 def test_torch_is_imported_only_to_collect() -> None:

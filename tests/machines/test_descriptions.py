@@ -54,10 +54,16 @@ def test_a_description_of_ones_own(tmp_path: Path) -> None:
     ("change", "said"),
     [
         (("clock: 1e9", "clock: -1"), "`clock`: input should be greater than 0, not -1"),
-        (("clock: 1e9", "clok: 1e9"), "`clok` is no key of a description. Did you mean clock"),
+        (
+            ("clock: 1e9", "clok: 1e9"),
+            "`clock`: field required; `clok` is no key of a description (did you mean clock?). Co",
+        ),
         (("clock: 1e9", ""), "`clock`: field required"),
         (("rows: 4", "rows: 0.5"), "`array.rows`"),
-        (("rows: 4", "row: 4"), "`array.row` is no key of a description. Did you mean rows"),
+        (
+            ("rows: 4", "row: 4"),
+            "`array.rows`: field required; `array.row` is no key of a description (did you mean rows?).",
+        ),
         (("dataflow: elsa", "dataflow: elza"), "there is no dataflow `elza`. Did you mean elsa"),
         (("about: mine", "like: vitcot"), "Did you mean vitcod"),
         (("about: mine", "about: [mine"), "is no YAML in line"),
@@ -86,5 +92,7 @@ def test_what_a_dataflow_lacks_is_named() -> None:
 def test_unknown_names_and_files() -> None:
     with pytest.raises(UserError, match="Did you mean sanger"):
         accelerator("sangr")
+    with pytest.raises(UserError, match=r"no accelerator `els`. Did you mean elsa or elsa_base\? Or "):
+        accelerator("els")
     with pytest.raises(UserError, match="cannot be read"):
         accelerator("/nowhere/mine.yaml")

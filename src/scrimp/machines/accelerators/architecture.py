@@ -275,7 +275,8 @@ def _fault(error: Any) -> str:
         parts: dict[str, type[Part]] = {"array": Array, "memory": Memory, "energy": Energy, "power": Fact, "area": Fact,
                                         "units": Unit, "buffers": Buffer}  # fmt: skip
         fields = (parts[error["loc"][0]] if len(error["loc"]) > 1 else Accelerator).model_fields
-        return f"`{place}` is no key of a description. {did_you_mean(str(error['loc'][-1]), fields)}".rstrip(".")
+        hint = did_you_mean(str(error["loc"][-1]), fields).rstrip(".")
+        return f"`{place}` is no key of a description ({hint[0].lower()}{hint[1:]})"
     words = error["msg"][0].lower() + error["msg"][1:]
     return f"`{place}`: {words}" + ("" if error["type"] == "missing" else f", not {error['input']!r}")
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
-from scrimp.cores import SparseCore, best, replace_cores, share_of, watch_kept
+from scrimp.cores import SparseCore, best, choosing, share_of
 from scrimp.technique import Card, Technique, at_least, below_one
 
 if TYPE_CHECKING:
@@ -81,14 +81,14 @@ class A3(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Replace the cores."""
 
-        def make(path: str, attention: Any) -> nn.Module:
+        def make(path: str, attention: Any) -> SparseCore:
             before = FixedPoint(self.bits) if self.bits else None
             if self.search == "all" and not self.weight:
                 return SparseCore(self.name, None, self.when, before)
             select = Searched(self)
             return SparseCore(self.name, select, self.when, before, details=select.told)
 
-        watch_kept(model, replace_cores(model, self.targets, run.where(self, "targets"), make), run, self)
+        choosing(self, model, run, make)
         return model
 
 

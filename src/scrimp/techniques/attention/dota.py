@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.cores import SparseCore, best, replace_cores, share_of, sparse_cores, watch_kept, wide, with_due, without
+from scrimp.cores import SparseCore, best, choosing, share_of, sparse_cores, wide, with_due, without
 from scrimp.draws import generator
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
@@ -90,7 +90,7 @@ class Dota(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Replace the cores."""
 
-        def make(path: str, attention: Any) -> nn.Module:
+        def make(path: str, attention: Any) -> SparseCore:
             if self.keep == 1:
                 return SparseCore(self.name)
             like = attention.proj.weight.new_empty(attention.heads, attention.width)
@@ -98,7 +98,7 @@ class Dota(Technique):
             told = {"rank": detector.projection.shape[1], "bits": self.bits}
             return SparseCore(self.name, detector, self.when, watch=detector.error, details=lambda mask: dict(told))
 
-        watch_kept(model, replace_cores(model, self.targets, run.where(self, "targets"), make), run, self)
+        choosing(self, model, run, make)
         return model
 
     def loss(self, loss: Loss, run: Run) -> Loss:

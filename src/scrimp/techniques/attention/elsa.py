@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from scrimp.cores import SparseCore, best, replace_cores, watch_kept, without
+from scrimp.cores import SparseCore, best, choosing, without
 from scrimp.draws import generator
 from scrimp.technique import Card, Technique, at_least
 
@@ -86,15 +86,15 @@ class Elsa(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Replace the cores."""
 
-        def make(path: str, attention: Any) -> nn.Module:
+        def make(path: str, attention: Any) -> SparseCore:
             if self.p == 0:
                 return SparseCore(self.name)
             like = attention.proj.weight.new_empty(attention.heads, attention.width)
             angles = Angles(self, like, run.seed)
             return SparseCore(self.name, angles, self.when, watch=angles.watch)
 
-        cores = replace_cores(model, self.targets, run.where(self, "targets"), make)
-        chosen: list[Angles] = [core.select for core in cores.values() if core.select is not None]
+        cores = choosing(self, model, run, make)
+        chosen = [core.select for core in cores.values() if isinstance(core.select, Angles)]
 
         def begin(module: nn.Module, args: Any) -> None:
             if module.training and torch.is_grad_enabled():
@@ -104,7 +104,6 @@ class Elsa(Technique):
                         angles.calibrating = run.read(angles.count.min(), worst=0.0) < self.calibrate
 
         model.register_forward_pre_hook(begin)
-        watch_kept(model, cores, run, self)
         return model
 
     def carry(self, state: State, run: Run) -> State:

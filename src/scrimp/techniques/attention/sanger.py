@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scrimp.cores import SparseCore, best, replace_cores, watch_kept, wide
+from scrimp.cores import SparseCore, best, choosing, wide
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, below_one
 
@@ -78,11 +78,11 @@ class Sanger(Technique):
     def model(self, model: nn.Module, run: Run) -> nn.Module:
         """Replace the cores."""
 
-        def make(path: str, attention: Any) -> nn.Module:
+        def make(path: str, attention: Any) -> SparseCore:
             select = Predicted(self) if self.threshold else None
             return SparseCore(self.name, select, self.when, details=lambda mask: {"pieces": pieces(mask)})
 
-        watch_kept(model, replace_cores(model, self.targets, run.where(self, "targets"), make), run, self)
+        choosing(self, model, run, make)
         return model
 
 

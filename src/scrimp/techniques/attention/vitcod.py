@@ -8,10 +8,9 @@
     reordered     columns that more than `dense` of the rows keep come first: a dense part, and a sparse rest
 
 Here and not there: E and D have no biases, so that export folds them into the layer before; |q - q'| is a mean over the
-samples, not of a batch as one vector, so that its weight does not depend on the batch; and averages are of the first
-part of training, with mixed heads, not of a pass over the training set afterwards. Hardware moves the h' mixed heads,
-E q, and makes the H heads of them on the chip. A trace has their share of the heads (`ratio`), and, as a fixed mask is
-known before anything is computed, the order of the columns (`order`, `dense`), which changes no number.
+samples, not that of a batch; averages are of the first part of training, with mixed heads. Hardware moves the h' mixed
+heads, E q, and makes the H heads of them on the chip. A trace has their share (`ratio`), and, as a fixed mask is known
+before anything is computed, the order of the columns (`order`, `dense`), which changes no number.
 
 Paper: You et al., "ViTCoD: Vision Transformer Acceleration via Dedicated Algorithm and Accelerator Co-Design", HPCA
 2023, arXiv 2210.09573, for vision Transformers, after training. Here it is one run in two stages, and goes for all
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.clock import Duration
-from scrimp.cores import SparseCore, in_backward, replace_cores, sparse_cores, watch_kept, wide, with_due, without
+from scrimp.cores import SparseCore, choosing, in_backward, sparse_cores, wide, with_due, without
 from scrimp.errors import UserError
 from scrimp.technique import Card, Technique, at_least
 
@@ -111,25 +110,25 @@ class ViTCoD(Technique):
         drawn = bool(run.decisions.get(run.order.key(self)))
         found = dict(model.named_modules())
 
-        def make(path: str, attention: Any) -> nn.Module:
+        def make(path: str, attention: Any) -> SparseCore:
             if not hasattr(attention, "qkv"):
-                return SparseCore(self.name)
+                return SparseCore(self.name, details=lambda mask: {"ratio": 1.0})
             if self.heads < 1 and attention.q_norm is not None:
                 what = f"`{path}` has norms of queries and keys, behind which mixed heads cannot be folded."
                 raise UserError(what, run.where(self, "heads"), "Set it to 1, or `model.qk_norm: false`.")
-            watch, select, like = None, None, attention.proj.weight
+            watch, select, like, heads = None, None, attention.proj.weight, attention.heads
             if self.theta < 1:
                 size = places(found, path, run.where(self))
-                select = Fixed(attention.heads, size, attention.causal, like) if drawn else None
-                watch = None if drawn else Averages(attention.heads, size, like)
+                select = Fixed(heads, size, attention.causal, like) if drawn else None
+                watch = None if drawn else Averages(heads, size, like)
             before = Mixed(self, attention, like) if self.heads < 1 else None
-            ratio = {"ratio": math.ceil(self.heads * attention.heads) / attention.heads}
-            told = lambda mask: reordered(mask[0], self.dense) | ratio  # noqa: E731
-            return SparseCore(self.name, select, self.when, before, watch, told)
+            ratio = {"ratio": math.ceil(self.heads * heads) / heads}
+            return SparseCore(
+                self.name, select, self.when, before, watch, lambda m: ratio | reordered(m[0], self.dense)
+            )
 
-        cores = replace_cores(model, self.targets, run.where(self, "targets"), make)
+        cores = choosing(self, model, run, make)
         self._say(found, cores, run)
-        watch_kept(model, cores, run, self)
         return model
 
     def _say(self, found: dict[str, Any], cores: dict[str, Any], run: Run) -> None:
@@ -208,8 +207,8 @@ class Averages(nn.Module):
     def forward(self, q: Tensor, k: Tensor, seen: Tensor) -> None:
         if in_backward():  # it has been counted
             return
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        some = seen.any(-1, keepdim=True).expand(len(q), -1, q.shape[2], -1)  # not in rows of padding
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        some = seen.any(-1, keepdim=True).expand(len(q), -1, q.shape[2], -1)  # rows of padding see nothing
         weights = scores.masked_fill_(~seen & some, float("-inf")).softmax(-1) * some
         self.average[:, : q.shape[2], : k.shape[2]] += weights.sum(0)
         self.rows[: q.shape[2]] += some[:, 0, :, 0].sum(0)
@@ -244,8 +243,7 @@ def drawn_mask(average: Tensor, rows: Tensor, theta: float, causal: bool) -> Ten
     share = average / average.sum(-1, keepdim=True).clamp(min=torch.finfo(average.dtype).tiny)
     value, place = share.sort(-1, descending=True)
     before = value.cumsum(-1) - value
-    keep = torch.zeros_like(share, dtype=torch.bool).scatter(-1, place, before < theta)
-    keep = keep | (rows == 0)[:, None]
+    keep = torch.zeros_like(share, dtype=torch.bool).scatter(-1, place, before < theta) | (rows == 0)[:, None]
     count = torch.arange(len(rows), device=rows.device)
     keep |= count == 0
     return keep | (count[:, None] == count if causal else count[:, None] == 0)
@@ -261,8 +259,7 @@ class Mixed(nn.Module):
     """(q, k, v) -> (q', k', v) and, in training, what mixing loses.
 
     Attributes:
-        encode_q, encode_k: E of both, [h', H].
-        decode_q, decode_k: D of both, [H, h'].
+        encode_q, encode_k, decode_q, decode_k: E and D of both, [h', H] and [H, h'].
     """
 
     def __init__(self, how: ViTCoD, attention: Any, like: Tensor) -> None:

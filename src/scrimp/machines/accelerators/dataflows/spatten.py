@@ -2,7 +2,7 @@
 """SpAtten: tokens and heads are ranked by their cumulated weights and pruned; what is left is dense.
 
     u keys of a head are left: those that any of its n queries keeps; p = multipliers / d of them make a line
-    load:     2 u d numbers of a head, in bursts over all channels
+    load:     2 u d numbers of a head, in whole lines
     products: n ceil(u / p) cycles of a head: scores, and values on a second array meanwhile
     drain:    a layer's last query, and its ceil(u / p) scores in a queue
     ranking:  of a head that lost keys: the u largest of s sums by quickselect, some of them a cycle
@@ -37,11 +37,8 @@ def layer(trace: AttentionTrace, machine: Accelerator) -> Flow:
     at_once = max(machine.array.columns // d, 1)
     lines = [ceil(count / at_once) for count in left]
     fetched = [count * at_once * d * machine.count("fetched_bits") / 8 for count in lines]
-    # Keys, then values: each is shared among the channels.
-    bursts = [2 * ceil(amount // machine.memory.burst / machine.memory.channels) for amount in fetched]
     ranking = sum(ranked(trace.keys, count, at_once, machine) for count in left)
-    load = Stage(name="load", resource="channels", work=sum(bursts) * machine.memory.channels, cycles=sum(bursts),
-                 bytes={MEMORY: 2 * sum(fetched)})  # fmt: skip
+    load = Stage(name="load", bytes={MEMORY: 2 * sum(fetched)})  # a line of 64 numbers is a burst of each channel
     products = Stage(name="attention", resource=ARRAY, work=2 * trace.kept * d, cycles=trace.queries * sum(lines))
     drain = Stage(name="drain", resource=ARRAY, cycles=machine.setting("drain") + lines[-1])
     return sequence(load, products, drain, Stage(name="ranking", resource=ARRAY, cycles=ranking))
