@@ -117,7 +117,7 @@ def test_many_micro_batches_are_told_from_few(made: Recipe, order: str) -> None:
     quick = planned(layout, large, GPU, 2, DATA.open())
     for place, told in enumerate(quick.plans):
         whole = plan(layout.added(large), GPU, DATA.open(), ranks=2, rank=place)
-        for name, slack in {"seconds": 0.01, "sending": 0.01, "waiting": 0.05, "tokens": 0.0, "steps": 0.0}.items():
+        for name, slack in {"seconds": 0.02, "sending": 0.01, "waiting": 0.05, "tokens": 0.0, "steps": 0.0}.items():
             assert getattr(told.stages[0], name) == pytest.approx(getattr(whole.stages[0], name), rel=slack), name
         assert told.live == pytest.approx(whole.live, rel=0.01)
         assert told.recipe == whole.recipe
