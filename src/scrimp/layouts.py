@@ -1,18 +1,14 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""Which layout of ranks to choose: meshes and the techniques that use them, by predicted time under a limit of memory.
+"""Which layout of ranks to choose: by predicted time, under a limit of memory.
 
-One plan of the whole model on one device gives bytes and seconds, from which arithmetic estimates every layout:
-
-    ZeRO        weights + gradients + states, each over d ranks from stage 3, 2, 1 on (arXiv 1910.02054)
-    pipeline    idle (p - 1) / (v m + p - 1), and p of m micro-batches kept (arXiv 2104.04473)
-
-The best of these are planned in full, the first and the last rank of a pipeline. All times are predictions.
+One plan of the whole model on one device gives bytes and seconds, from which arithmetic estimates every layout (see
+`meshes`). The best of these are planned, the first and the last rank of a pipeline. All times are predictions.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -20,41 +16,20 @@ import yaml
 
 from scrimp.errors import UserError
 from scrimp.machines.machine import Machine
-from scrimp.planning import Plan, outlined, plan
+from scrimp.meshes import ORDERS, Layout, candidates, estimate
+from scrimp.planning import Plan, StagePlan, outlined, plan
 from scrimp.planview import duration, size
 from scrimp.recipe import Mesh
-from scrimp.registry import technique_class
 
 if TYPE_CHECKING:
     from scrimp.recipe import Recipe
-    from scrimp.technique import Technique
 
 PLANS: Final = 6
-"""Layouts that are planned in full, at most."""
+"""Layouts that are planned, at most."""
+ENOUGH: Final = 3
+"""Layouts that fit, after which no more are planned."""
 SLACK: Final = 1.3
 """By how much an estimate may exceed the limit and still be planned."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A mesh, and the techniques that use it."""
-
-    mesh: Mesh
-    techniques: tuple[Technique, ...] = ()
-
-    def added(self, recipe: Recipe) -> Recipe:
-        """The recipe with it, in place of its own mesh and what used that."""
-        kept = (t for t in recipe.techniques if not t.card.axes)
-        return replace(recipe, mesh=self.mesh, techniques=(*kept, *self.techniques))
-
-    def lines(self) -> str:
-        """As lines of a recipe."""
-        axes = {axis: n for axis in ("pipeline", "replica", "data", "tensor") if (n := getattr(self.mesh, axis)) > 1}
-        raw: dict[str, Any] = {"mesh": axes} if axes else {}
-        given = {t.name: {k: v for k, v in vars(t).items() if k in ("stage", "order", "micro_batches")}
-                 for t in self.techniques}  # fmt: skip
-        raw |= {"techniques": given} if given else {}
-        return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None).strip() if raw else "# as it is"
 
 
 @dataclass
@@ -118,31 +93,81 @@ def search(recipe: Recipe, on: Machine, ranks: int, data: Any = None,
         return found
     guesses = [(*estimate(layout, single, ranks, parts), layout) for layout, parts in
                candidates(recipe, on, single, ranks, found.refused)]  # fmt: skip
-    near = sorted((g for g in guesses if g[0] <= SLACK * on.memory), key=lambda g: g[1])
-    least = sorted((g for g in guesses if g not in near), key=lambda g: g[0])
+    near = _various(sorted((g for g in guesses if g[0] <= SLACK * on.memory), key=lambda g: g[1]))
+    least = sorted((g for g in guesses if g[0] > SLACK * on.memory), key=lambda g: g[0])
     found.refused["estimated to need more memory"] += len(least)
-    for tried, (_, _, layout) in enumerate(_various(near)[:PLANS] + least[:2]):
-        if tried >= len(_various(near)[:PLANS]) and found.options:
-            break
-        say(layout.lines().replace("\n", " "))
-        try:
-            option = planned(layout, recipe, on, ranks, data)
-        except UserError as error:
-            found.refused[str(error).splitlines()[0]] += 1
-            continue
-        (found.options if option.memory <= on.memory else found.large).append(option)
+    for enough, queue in ((ENOUGH, near[:PLANS]), (1, least[:2])):
+        for layout in (layout for _, _, layout in queue):
+            if len(found.options) < enough:
+                say(layout.lines().replace("\n", " "))
+                _try(layout, found, lambda layout: planned(layout, recipe, on, ranks, data))
     found.options.sort(key=lambda o: o.slowest.seconds)
     found.large.sort(key=lambda o: o.memory)
     return found
 
 
+def _try(layout: Layout, found: Found, planner: Callable[[Layout], Option]) -> None:
+    """Plan a layout, and put it where it belongs."""
+    try:
+        option = planner(layout)
+    except UserError as error:
+        found.refused[str(error).splitlines()[0]] += 1
+        return
+    (found.options if option.memory <= found.limit else found.large).append(option)
+
+
 def planned(layout: Layout, recipe: Recipe, on: Machine, ranks: int, data: Any) -> Option:
-    """A layout planned in full."""
+    """A layout planned on its first and, of a pipeline, its last rank.
+
+    What a rank holds and does grows by the same from each micro-batch to the next once the pipeline is full: of many,
+    p and 2 p are planned (twice as many where a rank has two stages).
+    """
     places = {0, ranks - 1} if layout.mesh.pipeline > 1 else {0}
-    option = Option(layout, [plan(layout.added(recipe), on, data, ranks, rank=place) for place in sorted(places)])
+
+    def made(of: Layout, place: int, batch: int) -> Plan:
+        return plan(of.added(replace(recipe, batch=batch)), on, data, ranks, rank=place)
+
+    m, few = _parts(layout)
+    if m <= 2 * few:
+        option = Option(layout, [made(layout, place, recipe.batch) for place in sorted(places)])
+    else:
+        short = [
+            made(_cut(layout, n), place, recipe.batch // m * n) for place in sorted(places) for n in (few, 2 * few)
+        ]
+        pairs = zip(short[::2], short[1::2], strict=True)
+        option = Option(layout, [stretched(a, b, (m - few) / few, layout.added(recipe)) for a, b in pairs])
     for stage in (stage for made in option.plans for stage in made.stages):
         stage.ops, stage.line = [], []
     return option
+
+
+def _parts(layout: Layout) -> tuple[int, int]:
+    """Micro-batches, and with how many the pipeline is full."""
+    stages: Any = next((t for t in layout.techniques if t.name == "pipeline"), None)
+    return (1, 1) if stages is None else (stages.micro_batches, layout.mesh.pipeline * ORDERS[stages.order][0])
+
+
+def _cut(layout: Layout, parts: int) -> Layout:
+    """The same with fewer micro-batches."""
+    few: list[Any] = list(layout.techniques)
+    return replace(layout, techniques=tuple(
+        replace(t, micro_batches=parts) if t.name == "pipeline" else t for t in few))  # fmt: skip
+
+
+def stretched(one: Plan, two: Plan, factor: float, recipe: Recipe) -> Plan:
+    """A plan as far from the first, so many times, as the second is."""
+    names = ("tokens", "segments", "reserved", "seconds", "sent", "sending", "waiting")
+
+    def along(a: StagePlan, b: StagePlan) -> StagePlan:
+        linear = {n: getattr(a, n) + factor * (getattr(b, n) - getattr(a, n)) for n in names}
+        total = a.peak.total + round(factor * (b.peak.total - a.peak.total))
+        whole: dict[str, Any] = {n: round(v) if isinstance(getattr(a, n), int) else v for n, v in linear.items()}
+        # A run that is not as long as so many steps has fewer of larger batches.
+        steps = a.steps if a.steps == b.steps else -(-a.steps * a.tokens // whole["tokens"])
+        return replace(b, steps=steps, peak=replace(b.peak, total=total), **whole)
+
+    stages = [along(a, b) for a, b in zip(one.stages, two.stages, strict=True)]
+    return replace(two, recipe=recipe, stages=stages)
 
 
 def _various(guesses: list[tuple[float, float, Layout]]) -> list[tuple[float, float, Layout]]:
@@ -152,84 +177,6 @@ def _various(guesses: list[tuple[float, float, Layout]]) -> list[tuple[float, fl
         techniques = tuple(t for t in guess[2].techniques if t.name != "pipeline")
         best.setdefault((guess[2].mesh, techniques), guess)
     return list(best.values())
-
-
-def candidates(recipe: Recipe, on: Machine, single: Plan, ranks: int,
-               refused: Counter[str]) -> Iterator[tuple[Layout, tuple[int, int]]]:  # fmt: skip
-    """Layouts with (micro-batches, stages a rank), without those that arithmetic refuses."""
-    model: Any = recipe.model
-    blocks, heads = getattr(model, "layers", 1), getattr(model, "heads", 1)
-    groups = getattr(model, "kv_heads", 0) or heads
-    node = on.node or ranks
-    for p, r, d, t in factors(ranks, 4):
-        samples = r * d
-        if recipe.batch % samples:
-            refused["the batch cannot be shared evenly"] += 1
-        elif heads % t or groups % t:
-            refused["heads cannot be shared evenly"] += 1
-        elif t > node:
-            refused["a layer would be shared between machines"] += 1
-        elif p > blocks:
-            refused["fewer blocks than stages"] += 1
-        elif r > 1 and (p > 1 or ranks <= node or d * t != node):
-            refused["replicas help between machines only"] += 1
-        else:
-            mesh = Mesh(pipeline=p, replica=r, data=d, tensor=t)
-            yield from _with(mesh, recipe.batch // samples, blocks)
-
-
-def _with(mesh: Mesh, batch: int, blocks: int) -> Iterator[tuple[Layout, tuple[int, int]]]:
-    """A mesh with every set of techniques that uses it."""
-    samples, p = mesh.replica * mesh.data, mesh.pipeline
-    layers = (technique_class("tensor")(),) if mesh.tensor > 1 else ()
-    shares: list[tuple[Technique, ...]] = [()]
-    if samples > 1:
-        zero: Any = technique_class("zero")
-        shares = [(zero(stage=s),) for s in ((1,) if p > 1 else (1, 2, 3))]
-        shares += [(technique_class("replicate")(),)] if mesh.replica == 1 else []
-    kind: Any = technique_class("pipeline")
-    for share in shares:
-        if p == 1:
-            yield Layout(mesh, (*share, *layers)), (1, 1)
-            continue
-        # Several stages a rank would each need their own exchange of tokens, which `tensor` has one of.
-        for order, each in (("1f1b", 1), ("interleaved", 2))[: 1 if layers else 2]:
-            for m in (p, 2 * p, 4 * p, 8 * p):
-                if batch % m == 0 and blocks >= p * each and m >= p * each:
-                    yield Layout(mesh, (*share, *layers, kind(order=order, micro_batches=m))), (m, each)
-
-
-def factors(ranks: int, count: int) -> Iterator[tuple[int, ...]]:
-    """All ordered ways to write a number as a product of so many."""
-    if count == 1:
-        yield (ranks,)
-        return
-    for first in (n for n in range(1, ranks + 1) if ranks % n == 0):
-        for rest in factors(ranks // first, count - 1):
-            yield (first, *rest)
-
-
-def estimate(layout: Layout, single: Plan, ranks: int, parts: tuple[int, int]) -> tuple[float, float]:
-    """(bytes a rank, seconds a step) by arithmetic, from a plan of the whole model on one device."""
-    mesh, on, stage = layout.mesh, single.machine, single.worst
-    (m, each), p, t, samples = parts, mesh.pipeline, mesh.tensor, mesh.data * mesh.replica
-    kinds = stage.peak.kinds
-    zero = next((int(getattr(x, "stage", 0)) for x in layout.techniques if x.name == "zero"), 0)
-    grads = kinds["weights"] * stage.trained / max(stage.parameters, 1)
-    held = sum(size / (p * t) / (mesh.data if zero >= least else 1)
-               for size, least in ((kinds["weights"], 3), (grads, 2), (kinds["states"], 1)))  # fmt: skip
-    passing = (kinds["activations"] + kinds["workspace"]) / (samples * t) * (1 / m if p > 1 else 1.0)
-    memory = single.memory - stage.peak.total + held + passing
-    idle = (p - 1) / (each * m + p - 1)
-    # Every micro-batch launches the operators of the rank's blocks anew.
-    launched = len(single.stages[-1].ops) * on.overhead * m / p
-    seconds = max(single.stages[-1].seconds / ranks, launched) / (1 - idle)
-    speed = on.speed(samples, t) or float("inf")
-    seconds += (3 if zero == 3 else 2) * grads / (p * t) * (samples - 1) / samples / speed
-    model: Any = single.recipe.model
-    stream = stage.tokens / samples * getattr(model, "width", 0) * 4
-    speed = on.speed(t, 1) or float("inf")
-    return memory, seconds + 8 * stream * getattr(model, "layers", 1) / p * (t - 1) / t / speed
 
 
 def text(found: Found) -> str:

@@ -212,7 +212,8 @@ def peak(trace: Trace) -> tuple[Moment, list[tuple[int, str]]]:
 
 def most(trace: Trace) -> dict[str, int]:
     """Kind of memory -> its highest bytes, each at a moment of its own."""
-    live, found = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+    live: dict[str, int] = dict.fromkeys(KINDS, 0)
+    found = dict(live)
     changes = [(b.born, b.size, b.kind) for b in trace.blocks]
     changes += [(b.died, -b.size, b.kind) for b in trace.blocks if b.died >= 0]
     for _, change, kind in sorted(changes):

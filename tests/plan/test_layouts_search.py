@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import yaml
 
-from scrimp.layouts import Found, as_json, factors, search, text
+from scrimp.layouts import Found, as_json, planned, search, text
 from scrimp.machines.machine import Machine
+from scrimp.meshes import ORDERS, Layout, candidates, factors
 from scrimp.planning import plan
-from scrimp.recipe import Recipe
+from scrimp.recipe import Mesh, Recipe
+from scrimp.registry import technique_class
+from scrimp.timetable import actions, idle, timed
 from tiny import TinyData, example, recipe
 
 DATA = TinyData(context=16)
@@ -58,6 +62,7 @@ def test_lines_read_back_as_a_recipe(found: Found) -> None:
 def test_an_impossible_limit_says_what_is_missing(made: Recipe) -> None:
     none = search(made, replace(GPU, memory=1000), 2, DATA.open())
     assert not none.options and "The closest lacks" in text(none)
+    assert len(none.large) <= 2, "those that need least were planned, and no more"
 
 
 def test_a_single_rank_has_nothing_to_share(made: Recipe) -> None:
@@ -75,3 +80,44 @@ def test_groups_between_machines_send_through_their_adapters() -> None:
     assert on.speed(4, 1) == 100.0
     assert on.speed(8, 1) == 40.0 and on.speed(2, 4) == 10.0
     assert on.speed(8, 1, alone=True) == 10.0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_an_order_idles_is_that_of_its_timetable(order: str) -> None:
+    each, less = ORDERS[order]
+    for ranks, parts in ((2, 4), (4, 16)):
+        wanted = (ranks - 1) / (less * parts + ranks - 1)
+        assert idle(timed(actions(order, ranks, parts, each))) == pytest.approx(wanted)
+
+
+def proposed(made: Recipe, ranks: int) -> list[Layout]:
+    return [layout for layout, _ in candidates(made, GPU, None, ranks, Counter())]  # type: ignore[arg-type]
+
+
+def test_all_orders_of_a_pipeline_are_proposed(made: Recipe) -> None:
+    found = {t.order for layout in proposed(made, 2) for t in layout.techniques if t.name == "pipeline"}  # type: ignore[attr-defined]
+    assert found == {"1f1b", "interleaved", "zero_bubble", "zbv"}
+
+
+def test_settings_of_a_recipe_stay(made: Recipe) -> None:
+    own = [technique_class("zero")(bucket=7.0), technique_class("pipeline")(order="zbv", split=(2, 2)),
+           technique_class("tensor")(vocabulary=False)]  # fmt: skip
+    layouts = proposed(replace(made, techniques=(*made.techniques, *own)), 4)
+    chosen = [t for layout in layouts for t in layout.techniques]
+    assert {t.bucket for t in chosen if t.name == "zero"} == {7.0}  # type: ignore[attr-defined]
+    assert {(t.order, t.split) for t in chosen if t.name == "pipeline"} == {("zbv", ())}  # type: ignore[attr-defined]
+    assert not any(t.vocabulary for t in chosen if t.name == "tensor")  # type: ignore[attr-defined]
+    assert any("bucket: 7.0" in layout.lines() and "vocabulary: false" in layout.lines() for layout in layouts)
+
+
+@pytest.mark.parametrize("order", ["1f1b", "zbv"])
+def test_many_micro_batches_are_told_from_few(made: Recipe, order: str) -> None:
+    layout = Layout(Mesh(pipeline=2), (technique_class("pipeline")(order=order, micro_batches=16),))
+    large = replace(made, batch=32)
+    quick = planned(layout, large, GPU, 2, DATA.open())
+    for place, told in enumerate(quick.plans):
+        whole = plan(layout.added(large), GPU, DATA.open(), ranks=2, rank=place)
+        for name, slack in {"seconds": 0.02, "sending": 0.01, "waiting": 0.05, "tokens": 0.0, "steps": 0.0}.items():
+            assert getattr(told.stages[0], name) == pytest.approx(getattr(whole.stages[0], name), rel=slack), name
+        assert told.live == pytest.approx(whole.live, rel=0.01)
+        assert told.recipe == whole.recipe
