@@ -7,7 +7,7 @@ from typing import Any
 
 from tables_computation import evidence, table
 
-from scrimp.charts import Axis, Line, legend, line_chart
+from scrimp.charts import BYTES, Axis, Line, legend, line_chart
 
 WAYS = ("as it is", "tuned")
 Rows = list[dict[str, Any]]
@@ -93,9 +93,15 @@ def machine_names(arms: dict[tuple[str, str], dict[str, Rows]]) -> list[str]:
 
 
 def attention_memory() -> str:
-    """Live bytes of one head at the peak of both passes, by length."""
+    """Live bytes of one head at the peak of both passes, by length: a table and a chart."""
     rows = {
         int(key.split("/")[1]): row for key, row in evidence("attention")["rows"].items() if key.startswith("memory/")
     }
-    lines = [[str(n), *(f"{row[kind] / 1e6:.1f}" for kind in ("tiled", "scores"))] for n, row in sorted(rows.items())]
-    return table(["tokens", "tiled, MB", "with the matrix of scores, MB"], lines)
+    kinds = {"tiled": "tiled", "scores": "with the matrix of scores"}
+    lines = [[str(n), *(f"{row[kind] / 1e6:.1f}" for kind in kinds)] for n, row in sorted(rows.items())]
+    drawn = [
+        Line(name, style, [(n, row[kind]) for n, row in sorted(rows.items())], dots=True)
+        for style, (kind, name) in enumerate(kinds.items())
+    ]
+    chart = line_chart("Memory of one head", drawn, Axis("tokens", zero=True), Axis("{}", BYTES, zero=True))
+    return table(["tokens", *(f"{name}, MB" for name in kinds.values())], lines) + "\n\n" + chart + legend(drawn)
