@@ -16,7 +16,7 @@ import yaml
 
 from scrimp.errors import UserError
 from scrimp.machines.machine import Machine
-from scrimp.meshes import ORDERS, Layout, candidates, estimate
+from scrimp.meshes import Layout, candidates, estimate
 from scrimp.planning import Plan, StagePlan, outlined, plan
 from scrimp.planview import duration, size
 from scrimp.recipe import Mesh
@@ -96,9 +96,11 @@ def search(recipe: Recipe, on: Machine, ranks: int, data: Any = None,
     near = _various(sorted((g for g in guesses if g[0] <= SLACK * on.memory), key=lambda g: g[1]))
     least = sorted((g for g in guesses if g[0] > SLACK * on.memory), key=lambda g: g[0])
     found.refused["estimated to need more memory"] += len(least)
-    for enough, queue in ((ENOUGH, near[:PLANS]), (1, least[:2])):
+    for enough, most, queue in ((ENOUGH, PLANS, near[: 4 * PLANS]), (1, 2, least[:8])):
+        most += len(found.large)
         for layout in (layout for _, _, layout in queue):
-            if len(found.options) < enough:
+            # What is refused costs little, and does not count.
+            if len(found.options) < enough and len(found.options) + len(found.large) < most:
                 say(layout.lines().replace("\n", " "))
                 _try(layout, found, lambda layout: planned(layout, recipe, on, ranks, data))
     found.options.sort(key=lambda o: o.slowest.seconds)
@@ -119,52 +121,50 @@ def _try(layout: Layout, found: Found, planner: Callable[[Layout], Option]) -> N
 def planned(layout: Layout, recipe: Recipe, on: Machine, ranks: int, data: Any) -> Option:
     """A layout planned on its first and, of a pipeline, its last rank.
 
-    What a rank holds and does grows by the same from each micro-batch to the next once the pipeline is full: of many,
-    p and 2 p are planned (twice as many where a rank has two stages).
+    Once a pipeline is full, what a rank holds and does grows by the same from each micro-batch to the next: of many,
+    two smaller numbers are planned.
     """
-    places = {0, ranks - 1} if layout.mesh.pipeline > 1 else {0}
+    places = [0, ranks - 1] if layout.mesh.pipeline > 1 else [0]
 
     def made(of: Layout, place: int, batch: int) -> Plan:
         return plan(of.added(replace(recipe, batch=batch)), on, data, ranks, rank=place)
 
-    m, few = _parts(layout)
-    if m <= 2 * few:
-        option = Option(layout, [made(layout, place, recipe.batch) for place in sorted(places)])
+    stages: Any = next((t for t in layout.techniques if t.name == "pipeline"), None)
+    few = _few(stages.order, layout.mesh.pipeline) if stages is not None else (0, 0)
+    if stages is None or sum(few) >= stages.micro_batches:
+        option = Option(layout, [made(layout, place, recipe.batch) for place in places])
     else:
-        short = [
-            made(_cut(layout, n), place, recipe.batch // m * n) for place in sorted(places) for n in (few, 2 * few)
-        ]
-        pairs = zip(short[::2], short[1::2], strict=True)
-        option = Option(layout, [stretched(a, b, (m - few) / few, layout.added(recipe)) for a, b in pairs])
+        m, whole = stages.micro_batches, layout.added(recipe)
+        cut = {n: replace(layout, techniques=tuple(
+            replace(t, micro_batches=n) if t is stages else t for t in layout.techniques)) for n in few}  # fmt: skip
+        pairs = [[made(cut[n], place, recipe.batch // m * n) for n in few] for place in places]
+        option = Option(layout, [stretched(pair[0], pair[1], few, m, whole) for pair in pairs])
     for stage in (stage for made in option.plans for stage in made.stages):
         stage.ops, stage.line = [], []
     return option
 
 
-def _parts(layout: Layout) -> tuple[int, int]:
-    """Micro-batches, and with how many the pipeline is full."""
-    stages: Any = next((t for t in layout.techniques if t.name == "pipeline"), None)
-    return (1, 1) if stages is None else (stages.micro_batches, layout.mesh.pipeline * ORDERS[stages.order][0])
+def _few(order: str, ranks: int) -> tuple[int, int]:
+    """Two numbers of micro-batches with which a pipeline is full; in some orders rounds of ranks must come out even."""
+    return {"1f1b": (ranks + 1, ranks + 2), "zbv": (2 * ranks + 1, 2 * ranks + 2)}.get(order, (2 * ranks, 3 * ranks))
 
 
-def _cut(layout: Layout, parts: int) -> Layout:
-    """The same with fewer micro-batches."""
-    few: list[Any] = list(layout.techniques)
-    return replace(layout, techniques=tuple(
-        replace(t, micro_batches=parts) if t.name == "pipeline" else t for t in few))  # fmt: skip
+def stretched(one: Plan, two: Plan, few: tuple[int, int], parts: int, recipe: Recipe) -> Plan:
+    """A plan with so many micro-batches, from plans with fewer of them."""
 
-
-def stretched(one: Plan, two: Plan, factor: float, recipe: Recipe) -> Plan:
-    """A plan as far from the first, so many times, as the second is."""
-    names = ("tokens", "segments", "reserved", "seconds", "sent", "sending", "waiting")
+    def at(a: float, b: float) -> float:
+        return a + (parts - few[0]) / (few[1] - few[0]) * (b - a)
 
     def along(a: StagePlan, b: StagePlan) -> StagePlan:
-        linear = {n: getattr(a, n) + factor * (getattr(b, n) - getattr(a, n)) for n in names}
-        total = a.peak.total + round(factor * (b.peak.total - a.peak.total))
-        whole: dict[str, Any] = {n: round(v) if isinstance(getattr(a, n), int) else v for n, v in linear.items()}
+        whole: dict[str, Any] = {n: round(at(getattr(a, n), getattr(b, n)))
+                                 for n in ("tokens", "segments", "reserved", "sent")}  # fmt: skip
+        # Waiting is a share of the passes, which falls as there are more of them.
+        waits, sends = at(a.waiting * few[0], b.waiting * few[1]) / parts, at(a.sending, b.sending)
+        seconds = at(a.seconds - a.waiting, b.seconds - b.waiting) + waits
         # A run that is not as long as so many steps has fewer of larger batches.
         steps = a.steps if a.steps == b.steps else -(-a.steps * a.tokens // whole["tokens"])
-        return replace(b, steps=steps, peak=replace(b.peak, total=total), **whole)
+        peak = replace(b.peak, total=round(at(a.peak.total, b.peak.total)))
+        return replace(b, steps=steps, peak=peak, waiting=waits, sending=sends, seconds=seconds, **whole)
 
     stages = [along(a, b) for a, b in zip(one.stages, two.stages, strict=True)]
     return replace(two, recipe=recipe, stages=stages)

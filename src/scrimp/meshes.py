@@ -103,6 +103,9 @@ def _pipelines(mesh: Mesh, recipe: Recipe, batch: int, blocks: int) -> Iterator[
     p = mesh.pipeline
     given: Any = next((t for t in recipe.techniques if t.name == "pipeline"), None)
     orders = (given.order,) if given is not None and given.order in ORDERS else tuple(ORDERS)
+    if any("head loss" in t.card.sets for t in recipe.techniques):
+        # It finishes all gradients in one pass, which these orders split in two.
+        orders = tuple(order for order in orders if order not in ("zero_bubble", "zbv"))
     shared: Any = _as_given(recipe, "tensor")
     for order, (each, less) in ((order, ORDERS[order]) for order in orders):
         # Several stages a rank would each need their own exchange of tokens, which `tensor` has one of.

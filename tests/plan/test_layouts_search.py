@@ -99,6 +99,11 @@ def test_all_orders_of_a_pipeline_are_proposed(made: Recipe) -> None:
     assert found == {"1f1b", "interleaved", "zero_bubble", "zbv"}
 
 
+def test_orders_that_split_a_backward_pass_go_with_no_head_that_does_not(made: Recipe) -> None:
+    layouts = proposed(replace(made, techniques=(*made.techniques, example("fused_loss"))), 2)
+    assert {t.order for layout in layouts for t in layout.techniques if t.name == "pipeline"} == {"1f1b", "interleaved"}  # type: ignore[attr-defined]
+
+
 def test_settings_of_a_recipe_stay(made: Recipe) -> None:
     own = [technique_class("zero")(bucket=7.0), technique_class("pipeline")(order="zbv", split=(2, 2)),
            technique_class("tensor")(vocabulary=False)]  # fmt: skip
@@ -117,7 +122,7 @@ def test_many_micro_batches_are_told_from_few(made: Recipe, order: str) -> None:
     quick = planned(layout, large, GPU, 2, DATA.open())
     for place, told in enumerate(quick.plans):
         whole = plan(layout.added(large), GPU, DATA.open(), ranks=2, rank=place)
-        for name, slack in {"seconds": 0.02, "sending": 0.01, "waiting": 0.05, "tokens": 0.0, "steps": 0.0}.items():
+        for name, slack in {"seconds": 1e-6, "sending": 1e-6, "waiting": 1e-6, "tokens": 0.0, "steps": 0.0}.items():
             assert getattr(told.stages[0], name) == pytest.approx(getattr(whole.stages[0], name), rel=slack), name
         assert told.live == pytest.approx(whole.live, rel=0.01)
         assert told.recipe == whole.recipe
