@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -41,6 +42,9 @@ def main() -> None:
             # What is left of connections to a rank that has ended may keep this one from ending.
             sys.stdout.flush()
             sys.stderr.flush()
+            if rank:
+                # What watches the ranks should first see the end of the one that failed.
+                time.sleep(1)
             os._exit(error.code)
         raise SystemExit(error.code) from None
 
@@ -98,7 +102,6 @@ def launch(
     logs: Annotated[Path | None, typer.Option(help="Folder for what ranks other than the first print.")] = None,
 ) -> None:
     """Train on several devices of this machine: what else is given goes to `scrimp train`."""
-    from scrimp.launching import Interrupted
     from scrimp.launching import launch as start
 
     command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
@@ -106,10 +109,8 @@ def launch(
     # What no rank could begin with is said once, before there are any.
     loaded = asked(given["recipe"], given["overrides"], given["resume"], given["start"])
     check_mesh(loaded, given["resume"], given["mesh"], ranks)
-    try:
-        start(ranks, context.args, restarts, logs)
-    except Interrupted:
-        raise typer.Exit(130) from None
+    if not start(ranks, context.args, restarts, logs):
+        raise typer.Exit(130)
 
 
 @app.command()

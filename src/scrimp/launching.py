@@ -1,227 +1,144 @@
 # pyright: strict, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-"""Several ranks on one machine: processes with the command line of a single one, watched until all have ended.
+"""Several ranks on one machine: torch's elastic agent, started with the command line of a single process.
 
-The first rank shows what it prints; what others print is in their logs. When a rank fails, the others are ended, and
-where restarts are left all start again, from the last checkpoint. On several machines `torchrun` does the same: see the
-guide on many devices.
+The first rank shows what it prints; what others print is in their logs. When a rank fails, the agent ends the others.
+Here is decided which of them failed first, whether to start all again, from the last checkpoint, and what to say. On
+several machines `torchrun` runs an agent on each: see the guide on many devices.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import queue
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
 import uuid
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Final
 
 from scrimp.errors import LostError, UserError
 
-LAUNCH: Final = "SCRIMP_LAUNCH"
-"""Environment variable: which launch a rank belongs to; the same when it is started again."""
+PREFIX: Final = "scrimp-launch-"
+"""How the name of each launch begins; no two have one name, while a user of torchrun may give two the same."""
 LINES: Final = 12
 """How much of a failed rank's log is shown."""
-GRACE: Final = 3.0
-"""Seconds that the others have to end by themselves after a rank has failed."""
+SAVING: Final = 3600
+"""Seconds that ranks have to finish a step and save, after a signal; a second signal ends them at once."""
 INTERRUPTED: Final = 130
 PDEATHSIG: Final = 1
 """Of Linux's prctl: which signal a process gets when the one that started it has ended."""
-STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):  # noqa: N818
-    """All ranks have left, as a signal asked them to."""
-
-
-def launch(ranks: int, arguments: Sequence[str], restarts: int = 0, logs: Path | None = None) -> None:
+def launch(ranks: int, arguments: Sequence[str], restarts: int = 0, logs: Path | None = None) -> bool:
     """Start `scrimp train ARGUMENTS` on so many ranks of this machine, and wait for them.
 
     Args:
         restarts: how often all ranks are started again when one fails.
         logs: folder for what ranks other than the first print; a temporary one by default.
+    Returns:
+        Whether they have ended by themselves; not if a signal, which all got, has ended the run in order.
     Raises:
         UserError: naming the rank that failed first, how it ended, and its log.
-        Interrupted: if a signal has ended the run in order.
     """
-    folder, name = logs or Path(tempfile.mkdtemp(prefix="scrimp-ranks-")), uuid.uuid4().hex[:12]
-    for attempt in range(restarts + 1):
-        error = _attempt(Crew(ranks, folder / f"attempt-{attempt}", name), arguments)
-        if error is None:
-            break
-        if error.code != LostError.code or attempt == restarts:
-            raise error
-        sys.stderr.write(f"scrimp launch: {error}\nAll ranks start again ({attempt + 1} of {restarts}).\n")
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    _prepare(ranks)
+    folder, name = logs or Path(tempfile.mkdtemp(prefix="scrimp-ranks-")), PREFIX + uuid.uuid4().hex[:12]
+    ended = False
+    try:
+        for attempt in range(restarts + 1):
+            try:
+                ended = _attempt(ranks, arguments, name, folder / f"attempt-{attempt}")
+                break
+            except LostError as error:
+                if attempt == restarts:
+                    raise
+                sys.stderr.write(f"scrimp launch: {error}\nAll ranks start again ({attempt + 1} of {restarts}).\n")
+    except SignalException:
+        pass
     if logs is None:
         shutil.rmtree(folder, ignore_errors=True)
+    return ended
 
 
-def _attempt(crew: Crew, arguments: Sequence[str]) -> UserError | None:
-    """Train once.
+def _prepare(ranks: int) -> None:
+    """No more threads than there are cores, and none of torch's notes on what is said here in other words."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logger = logging.getLogger("torch.distributed.elastic")
+    logger.addHandler(logging.NullHandler())
+    logger.propagate = False
 
-    Returns:
-        The error of the rank that failed first; a `LostError` where starting again may help.
+
+def _attempt(ranks: int, arguments: Sequence[str], name: str, folder: Path) -> bool:
+    """Train once; see `launch`. The agent restarts nothing, as it would restart what a user must mend, too.
+
     Raises:
-        Interrupted: if a signal has ended the run.
+        UserError: for what a user must mend; a `LostError` where starting again may help.
+        SignalException: if a signal has ended the run; the agent has passed it on.
     """
-    with crew.forwarding():
-        crew.start(arguments)
-        failed = crew.wait()
-    if failed is None and INTERRUPTED not in crew.codes.values():
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        specs = DefaultLogsSpecs(str(folder), redirects=dict.fromkeys(range(1, ranks), Std.ALL))
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}.", str(folder), "Set --logs.") from None
+    # A terminal that is closed ends this process; ranks then save, see `end_with_parent`.
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=name, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        local_addr="localhost", max_restarts=0, monitor_interval=0.1, shutdown_timeout=SAVING, logs_specs=specs,
+        signals_to_handle="SIGINT,SIGTERM",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", "scrimp", "train", *arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if (first := culprit(codes)) is None:
+            return False
+        log = next(folder.glob(f"*/attempt_0/{first}/stderr.log"), None)
+        raise _fault(first, codes[first], ranks, log) from None
+    return True
+
+
+def culprit(codes: Mapping[int, int]) -> int | None:
+    """The rank whose end is the likeliest cause of the others'; None if a signal has ended the run in order.
+
+    Args:
+        codes: rank -> how it ended, of those that failed; negative for a signal. The agent ends what still runs by
+            SIGTERM. It looks ten times a second, and of ranks that ended in between does not know which was first.
+    """
+
+    def likely(rank: int) -> tuple[int, int]:
+        code = codes[rank]
+        known = {-signal.SIGTERM: 2, LostError.code: 3, INTERRUPTED: 4}
+        return known.get(code, 0 if code < 0 else 1), rank
+
+    if INTERRUPTED in codes.values() and set(codes.values()) <= {INTERRUPTED, -signal.SIGTERM}:
         return None
-    # A signal may have come before a rank listened.
-    if failed is None or (crew.stopping and -crew.codes[failed] in STOPS):
-        raise Interrupted
-    kind = UserError if crew.codes[failed] == UserError.code or crew.stopping else LostError
-    return kind(*crew.fault(failed))
+    return min(codes, key=likely)
 
 
-@dataclass
-class Crew:
-    """The processes of one attempt.
-
-    Attributes:
-        folder: for their logs. launch: what identifies it.
-        codes: rank -> how it ended, in the order in which they did; negative for a signal.
-        stopping: whether a signal asked all to stop.
-    """
-
-    ranks: int
-    folder: Path
-    launch: str
-    running: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict[int, "subprocess.Popen[bytes]"])
-    codes: dict[int, int] = field(default_factory=dict[int, int])
-    ended: queue.Queue[tuple[int, int]] = field(default_factory=queue.Queue[tuple[int, int]])
-    stopping: bool = False
-
-    def log(self, rank: int) -> Path:
-        """What a rank prints; of the first only what it prints as errors."""
-        return self.folder / f"rank-{rank}.log"
-
-    def start(self, arguments: Sequence[str]) -> None:
-        """Start all ranks.
-
-        Raises:
-            UserError: if their logs cannot be written.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            logs = [self.log(rank).open("wb") for rank in range(self.ranks)]
-        except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}.", str(self.folder), "Set --logs.") from None
-        shared = self._environment()
-        for rank, log in enumerate(logs):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # In a session of its own a rank hears a terminal's Ctrl-C once only: from here.
-            process = subprocess.Popen(
-                [sys.executable, "-m", "scrimp", "train", *arguments], env=os.environ | shared | own,
-                stdout=log if rank else None, stderr=log if rank else subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
-            self.running[rank] = process
-            threading.Thread(target=self._watch, args=(rank, process, log), daemon=True).start()
-
-    def _environment(self) -> dict[str, str]:
-        """What ranks need to find each other, and no more threads than there are cores."""
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
-        count, cores = str(self.ranks), os.cpu_count() or 1
-        given = {"OMP_NUM_THREADS": str(max(1, cores // self.ranks)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        kept = {name: value for name, value in given.items() if name not in os.environ}
-        return kept | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": count,
-                       "LOCAL_WORLD_SIZE": count, LAUNCH: self.launch}  # fmt: skip
-
-    def _watch(self, rank: int, process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-        """Show a rank's errors if they are not in its log already, and tell when it ends."""
-        with log:
-            for line in process.stderr or ():
-                log.write(line)
-                log.flush()
-                with suppress(OSError, ValueError):
-                    sys.stderr.write(line.decode(errors="replace"))
-                    sys.stderr.flush()
-        self.ended.put((rank, process.wait()))
-
-    @contextmanager
-    def forwarding(self) -> Generator[None]:
-        """Ctrl-C and SIGTERM go to all ranks, which finish the step, save and leave; again, and they leave at once.
-
-        Only the main thread can listen.
-        """
-
-        def forward(number: int, frame: Any) -> None:
-            self.stopping = True
-            for process in list(self.running.values()):
-                process.send_signal(number)
-
-        handlers: dict[int, Any] = {}
-        with suppress(ValueError):
-            handlers = {number: signal.signal(number, forward) for number in STOPS}
-        try:
-            yield
-        finally:
-            self._kill()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    def wait(self) -> int | None:
-        """Until all have ended: the rank that failed first, or None."""
-        while self.running and not any(map(_failed, self.codes.values())):
-            self._take(None)
-        end = time.monotonic() + GRACE
-        while self.running and time.monotonic() < end:
-            self._take(end - time.monotonic())
-        # Ranks that a failed one leaves behind fail as well, perhaps before its process has ended.
-        causes = [rank for rank, code in self.codes.items() if _failed(code)]
-        self._kill()
-        return min(causes, key=self._likely, default=None)
-
-    def _likely(self, rank: int) -> tuple[int, int]:
-        """Lowest where a rank's end is the likeliest cause of the others': of those alike, the first to end counts."""
-        code = self.codes[rank]
-        # What a user must mend most ranks say at once, and the first has shown it.
-        return 0 if code < 0 else 2 if code == LostError.code else 1, rank if code == UserError.code else 0
-
-    def _take(self, seconds: float | None) -> None:
-        with suppress(queue.Empty):
-            rank, code = self.ended.get(timeout=seconds)
-            self.codes[rank] = code
-            del self.running[rank]
-
-    def _kill(self) -> None:
-        """End what still runs, and what it has started."""
-        for process in self.running.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        while self.running:
-            self._take(None)
-
-    def fault(self, rank: int) -> tuple[str, str, str]:
-        """What is said of a rank that failed: what, where, and where to look."""
-        code, log = self.codes[rank], self.log(rank)
-        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:] if rank else []
-        tail = "".join(f"\n  {line}" for line in lines)
-        what = f"rank {rank} of {self.ranks} {how}, and all others were ended."
-        return what, "", f"Its log is {log}.{tail}"
-
-
-def _failed(code: int) -> bool:
-    return code not in (0, INTERRUPTED)
+def _fault(rank: int, code: int, ranks: int, log: Path | None) -> UserError:
+    """What is said of a rank that failed: what, where, and where to look."""
+    how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
+    where = "What it printed is above."
+    if log is not None:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]
+        where = f"Its log is {log}." + "".join(f"\n  {line}" for line in lines)
+    kind = UserError if code == UserError.code else LostError
+    return kind(f"rank {rank} of {ranks} {how}, and all others were ended.", "", where)
 
 
 def name_of_launch() -> str:
     """What identifies the launch that this process belongs to, the same when its ranks are started again; or empty."""
-    return os.environ.get(LAUNCH) or os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def restarted(out: Path) -> Path | None:
@@ -232,9 +149,8 @@ def restarted(out: Path) -> Path | None:
     """
     from scrimp import checkpoint
 
-    own = name_of_launch()
-    # A user of torchrun may give two launches one name.
-    if not own or (LAUNCH not in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"):
+    own, count = name_of_launch(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not own or (count == "0" and not own.startswith(PREFIX)):
         return None
     mine: list[Path] = []
     for found in filter(None, map(checkpoint.snapshots, out.glob("*/checkpoints"))):
@@ -245,7 +161,7 @@ def restarted(out: Path) -> Path | None:
 
 def end_with_parent() -> None:
     """Let this rank stop, and save, when the launch that started it is killed. Linux only; elsewhere nothing."""
-    if LAUNCH in os.environ and sys.platform == "linux":
+    if name_of_launch().startswith(PREFIX) and sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGTERM)

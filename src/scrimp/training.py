@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from scrimp import checkpoint
 from scrimp.allocator import lean
@@ -41,6 +41,9 @@ from scrimp.world import World, arranged, joined, lost, ranks, spread
 
 if TYPE_CHECKING:
     from scrimp.technique import State
+
+ECHO: Final = 1.0
+"""Seconds within which another SIGTERM is taken for the first one."""
 
 
 @dataclass
@@ -274,9 +277,14 @@ def _interruptible(session: Session) -> Generator[None]:
     Only the main thread can listen.
     """
 
+    first = math.inf
+
     def stop(number: int, frame: Any) -> None:
-        if session.interrupted:
+        nonlocal first
+        # When a launch is killed, Linux may send SIGTERM to its ranks once for each of its threads.
+        if session.interrupted and (number == signal.SIGINT or time.monotonic() - first > ECHO):
             raise KeyboardInterrupt
+        first = min(first, time.monotonic())
         session.interrupted = True
 
     handlers: dict[int, Any] = {}

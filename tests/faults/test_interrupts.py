@@ -83,6 +83,14 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     assert resumed.run.clock.step == STEPS
 
 
+def test_sigterm_that_comes_twice_at_once_is_one(tmp_path: Path) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(made(tmp_path, "r"), data=TinyData().open(), observe=at(3, twice)).reason == "interrupted"
+
+
 @contextmanager
 def disk_of(size: int) -> Iterator[None]:
     """No file of this process may grow beyond a size in bytes; Python ignores the signal, so that writing fails."""
