@@ -37,7 +37,7 @@ from scrimp.session import (
     snapshot,
 )
 from scrimp.stages import new_clock, stage_end, validation_batches
-from scrimp.world import World, arranged, joined, lost, ranks, spread
+from scrimp.world import arranged, joined, lost, ranks, spread
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -134,7 +134,7 @@ class Begun:
 def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -> Begun:
     recipe = spread(recipe, ranks())
     session.world = arranged(recipe.mesh, device_of(recipe).type)
-    data = _opened(recipe.data.open, session.world) if data is None else data
+    data = session.world.after_first(recipe.data.open) if data is None else data
     if not force and session.world.size == 1:
         check_room(recipe, data)
     session.base = base_of(recipe, session.start)
@@ -147,16 +147,6 @@ def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -
     return begun
 
 
-def _opened(opening: Callable[[], Any], world: World) -> Any:
-    """Opened data: the first rank builds what is built once, and the others find it."""
-    if not world.first:
-        world.wait()
-    data = opening()
-    if world.first:
-        world.wait()
-    return data
-
-
 def _resumed(
     place: str | Path, extend: str | None, mesh: Mapping[str, int] | None, data: Any, session: Session, force: bool
 ) -> Begun:
@@ -167,8 +157,8 @@ def _resumed(
     session.folder.world = session.world = arranged(recipe.mesh, device_of(recipe).type)
     # Locked before anything is read, which another process might replace meanwhile.
     session.folder.lock()
-    state, meta = checkpoint.load(RunFolder.newest(place))
-    data = _opened(lambda: reopened(recipe, meta), session.world) if data is None else data
+    state, meta = checkpoint.load(RunFolder.newest(place), session.world)
+    data = session.world.after_first(lambda: reopened(recipe, meta)) if data is None else data
     same_data(data, meta)
     clock = Clock(**meta["clock"])
     session.restore(meta)
@@ -210,11 +200,7 @@ def _stages(begun: Begun, session: Session) -> Result:
             if remark not in told and session.world.first:
                 session.observe("note", {"text": f"Note: {remark}"})
         told = run.remarks
-        try:
-            reason = session.ended or _stage(run, stage_end(run), session)
-        except UserError:
-            run.close()
-            raise
+        reason = session.ended or _stage(run, stage_end(run), session)
         run.close()
         if clock.done or reason != "finished":
             break
@@ -245,6 +231,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
         loss = run.world.total(run.backward(batch, count))
         value = run.read(loss, worst=0.0)
         if not math.isfinite(value):
+            run.close()  # All ranks have this loss; what one alone raises must not wait for the others.
             raise non_finite(run, value)
         run.stopwatch.resume()
         updated = run.step()
