@@ -204,7 +204,9 @@ def _stages(begun: Begun, session: Session) -> Result:
         run.close()
         if clock.done or reason != "finished":
             break
-        begun.decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+        decided = {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+        # Shapes depend on them: those of the first rank, which checkpoints have, hold for all.
+        begun.decisions = session.world.told(run.decisions | decided)
         clock.cuts.append(clock.position)
         clock.stage += 1
         begun.last = release(run, begun.decisions, session)

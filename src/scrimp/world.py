@@ -96,7 +96,7 @@ class World:
         return self.mesh[tuple(names)]._flatten(joint), joint  # pyright: ignore[reportPrivateUsage]
 
     def total(self, value: Tensor, *axes: str) -> Tensor:
-        """The sum of a tensor over the ranks of some axes (those that see other parts of a batch), in a new one."""
+        """The sum of each number over the ranks of some axes (those that see other parts of a batch)."""
         return self._reduced(value, torch.distributed.ReduceOp.SUM, axes or PARTS)
 
     def largest(self, value: Tensor, *axes: str) -> Tensor:
