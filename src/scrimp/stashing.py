@@ -83,6 +83,7 @@ class Stashed:
         self.group: Any = run.world.group("pipeline")
         # Gradients go by a group of their own: they are under way while other things are sent, and NCCL, which runs
         # what two ranks of a group send each other in the order of their calls, would let either wait for the other.
+        # It is left open: the next one would get its name, under which torch's store has what it was made of.
         members = torch.distributed.get_process_group_ranks(self.group)
         self.back: Any = torch.distributed.new_group(members, use_local_synchronization=True)
         self.requests: list[tuple[Any, Tensor]] = []
@@ -116,7 +117,6 @@ class Stashed:
         for request, _ in self.earlier + self.requests:
             request.wait()
         self.earlier, self.requests = [], []
-        torch.distributed.destroy_process_group(self.back)
 
     def _version(self, weights: Mapping[str, Tensor]) -> Version:
         needed = {name: p.requires_grad for name, p in self.run.model.named_parameters()}
