@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scrimp.errors import UserError
-from scrimp.sharding import whole
+from scrimp.sharding import cut_of, sharded, whole
 from scrimp.world import ALONE, World
 
 if TYPE_CHECKING:
@@ -89,8 +89,10 @@ def _files(state: State, world: World) -> dict[str, dict[str, Tensor]]:
     for i, (name, ranks) in enumerate(holders.items()):
         if name not in named:
             continue
-        tensor = whole(named[name])
+        own, tensor = named[name], whole(named[name])
         if ranks[i % len(ranks)] == world.rank:
+            # What was put together from parts waits for the disk on the host: the device has no room for it.
+            tensor = tensor.cpu() if sharded(own) or cut_of(own) is not None else tensor
             part, _, rest = name[0].partition(".")
             file = f"{part}.safetensors" if world.size == 1 else f"{part}-{world.rank:05d}.safetensors"
             files.setdefault(file, {})[f"{rest}/{name[1]}" if rest else name[1]] = tensor.contiguous()
@@ -135,28 +137,40 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(stat.S_IMODE(mode))
 
 
-def load(folder: Path) -> tuple[State, dict[str, Any]]:
+def load(folder: Path, world: World = ALONE) -> tuple[State, dict[str, Any]]:
     """Read a snapshot and verify it. Tensors are memory-mapped until they are used.
 
+    Args:
+        world: the ranks that load together; all must call, and each verifies a share of the files for all.
     Raises:
         UserError: if a file is missing, truncated or altered, by name, with the snapshot before it.
     """
     if not folder.exists() and _aside(folder).exists():
         folder = _aside(folder)
     meta, files = _read_state(folder)
+    own = dict(list(files.items())[world.rank :: world.size])
+    for name, how in (fault for faults in world.gathered(_faults(folder, own)) for fault in faults):
+        raise _damaged(folder, name, how)
     state: State = {}
-    for name, expected in files.items():
+    for name in files:
         path = folder / name
-        if not path.is_file():
-            raise _damaged(folder, name, "is missing")
-        if digest(path) != expected:
-            raise _damaged(folder, name, "is truncated or altered (its checksum differs)")
         part = path.stem.partition("-")[0]
         for key, tensor in load_file(path).items():
             rest, slash, parameter = key.partition("/")
             kind, parameter = (f"{part}.{rest}", parameter) if slash else (part, key)
             state.setdefault(kind, {})[parameter] = tensor  # type: ignore[index]
     return state, meta
+
+
+def _faults(folder: Path, files: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(name, how it is damaged) of files that are not as their checksums say."""
+    found: list[tuple[str, str]] = []
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            found.append((name, "is missing"))
+        elif digest(folder / name) != expected:
+            found.append((name, "is truncated or altered (its checksum differs)"))
+    return found
 
 
 def meta(folder: Path) -> dict[str, Any]:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import html
 from typing import Any, Final
 
+from scrimp.dryrun import StagePlan
 from scrimp.fitting import HALF, Fit, Option, Remedy, Tip
-from scrimp.planning import Plan, StagePlan
+from scrimp.planning import Plan
 
 WIDTH: Final = 72
 """Columns of the plot."""

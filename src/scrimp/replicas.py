@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +68,24 @@ def summed(backward: Backward, run: Run, bucket: float) -> Backward:
 
     def reduced(batch: Batch, count: Tensor) -> Tensor:
         stopwatch.resume()
-        loss: Any = reducer(batch, count)
-        # A mean over ranks leaves what earlier parts of the batch have summed as it is, since all ranks have the same.
-        (loss * ranks).backward()
+        later = _later(run)
+        with reducer.no_sync() if later else nullcontext():
+            loss: Any = reducer(batch, count)
+            # A mean over ranks leaves what parts of the batch have summed before as it is: all ranks have the same.
+            (loss * ranks).backward()
+        if later:
+            stopwatch.pause()
         return loss.detach()
 
     return reduced
+
+
+def _later(run: Run) -> bool:
+    """Whether gradients wait for those of the batch's other parts, and are sent together with the last one's.
+
+    Those of the first part are sent, since this puts them into buckets: others are added there, and need no memory.
+    """
+    return run.more_parts and any(p.grad is not None for p in run.model.parameters())
 
 
 def _followed(backward: Backward, run: Run) -> Backward:
@@ -151,8 +163,9 @@ def _planned(run: Run) -> Backward:
 
     def backward(batch: Batch, count: Tensor) -> Tensor:
         loss: Any = job(batch, count)
+        later = _later(run)
         loss.backward()
-        for bucket in buckets.values():
+        for bucket in () if later else buckets.values():
             torch.distributed.all_reduce(bucket, group=group)
         return loss.detach()
 
@@ -215,6 +228,8 @@ class Owned(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.parts[0].step()
-        for name, p in self.named.items():
-            torch.distributed.broadcast(p, group=self.group, group_src=self.owner[name])
+        sent = [torch.distributed.broadcast(p, group=self.group, group_src=self.owner[name], async_op=True)
+                for name, p in self.named.items()]  # fmt: skip
+        for job in sent:
+            job.wait()  # pyright: ignore[reportOptionalMemberAccess]
         return loss

@@ -44,9 +44,10 @@ def check_room(recipe: Recipe, data: Any, clock: Clock | None = None) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available()
     if estimate(recipe, data) < free / 2:
         return
+    from scrimp.dryrun import CannotPlanError
     from scrimp.fitting import fit
     from scrimp.machines.machine import free_here
-    from scrimp.planning import CannotPlanError, plan
+    from scrimp.planning import plan
     from scrimp.planview import fitted, size
 
     machine = free_here(device.type)
@@ -70,9 +71,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 def explained(recipe: Recipe, data: Any) -> UserError:
     """The error for a run that ran out of memory, when its tensors are gone: what would make it fit."""
+    from scrimp.dryrun import CannotPlanError
     from scrimp.fitting import fit
     from scrimp.machines.machine import free_here
-    from scrimp.planning import CannotPlanError
     from scrimp.planview import fitted, size
 
     gc.collect()

@@ -78,6 +78,8 @@ class Run:
     batch: Callable[[int], Batch] = lambda _: {}
     loss: Loss | None = None
     backward: Backward | None = None
+    more_parts: bool = False
+    """Whether more parts of the batch follow the one whose gradient is computed: ranks need not sum it yet."""
     step: Step | None = None
     gauges: dict[str, float] = field(default_factory=dict[str, float])
     """Numbers of techniques, such as a density, that each step's line in metrics.jsonl shows."""
@@ -131,8 +133,11 @@ class Run:
         if stages:
             again = {id(p) for name, p in self.model.named_parameters() if name in self.repeated}
         norm = gradient_norm([p for p in weights if id(p) not in again])
-        # No sum over a single rank: the square root of a square is not always the same number.
-        return self.world.total(norm.square(), "pipeline").sqrt() if stages else norm
+        if not stages:
+            return norm
+        # A stage without gradients has a zero of torch's choice: sums need one type, on one device.
+        square = norm.to(self.device, torch.float64).square()
+        return self.world.total(square, "pipeline").sqrt().to(torch.promote_types(norm.dtype, torch.float32))
 
     def close(self) -> None:
         """The stage ends."""

@@ -74,7 +74,7 @@ def release(run: Run, decisions: dict[str, Any], session: Session) -> State:
     if session.folder is None:
         state = run.state()
         return {kind: {n: whole(t).cpu() for n, t in tensors.items()} for kind, tensors in state.items()}
-    state, _ = checkpoint.load(snapshot(run, session, whole=True))
+    state, _ = checkpoint.load(snapshot(run, session, whole=True), run.world)
     return state
 
 
@@ -127,8 +127,13 @@ def _scores(run: Run, session: Session) -> dict[str, float]:
     task, batches = run.task, session.validation
     assert run.evaluate is not None
     if shared(run):
-        return run.evaluate(lambda model: evaluated(task, model, batches, lambda part: run.world.total(part, *SAMPLES)))
-    return run.evaluate(lambda model: task.evaluate(model, batches))
+        scores = run.evaluate(
+            lambda model: evaluated(task, model, batches, lambda part: run.world.total(part, *SAMPLES))
+        )
+    else:
+        scores = run.evaluate(lambda model: task.evaluate(model, batches))
+    # Devices may differ in the last bit, and ranks must agree whether to save the best and whether to stop.
+    return run.world.told(scores)
 
 
 def record(run: Run, session: Session, fields: dict[str, Any]) -> None:

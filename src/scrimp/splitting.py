@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scrimp.errors import UserError
 from scrimp.sharding import cut_of
-from scrimp.world import ALONE, SAMPLES, World
+from scrimp.world import SAMPLES
 
 if TYPE_CHECKING:
     from scrimp.run import Run
@@ -33,12 +33,14 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [{name: piece[i] for name, piece in pieces.items()} for i in range(min(parts, size))]
 
 
-def accumulated(backward: Backward, pieces: Sequence[Batch], count: Tensor) -> Tensor:
+def accumulated(backward: Backward, pieces: Sequence[Batch], count: Tensor, run: Run) -> Tensor:
     """The backward over every part, with the count of the whole batch. Returns the whole batch's loss."""
-    first, *rest = pieces
-    loss = backward(first, count)
-    for piece in rest:
-        loss = loss + backward(piece, count)
+    loss: Tensor | None = None
+    for i, piece in enumerate(pieces):
+        run.more_parts = i + 1 < len(pieces)
+        part = backward(piece, count)
+        loss = part if loss is None else loss + part
+    assert loss is not None
     return loss
 
 
@@ -73,7 +75,7 @@ def own_parts(parts: int, run: Run, where: str) -> int:
 
 
 def compared(
-    backward: Backward, pieces: Sequence[Batch], count: Tensor, weights: Sequence[nn.Parameter], world: World = ALONE
+    backward: Backward, pieces: Sequence[Batch], count: Tensor, weights: Sequence[nn.Parameter], run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `accumulated`, bitwise, and what the gradients of the parts tell, with those of other ranks.
 
@@ -83,7 +85,7 @@ def compared(
     Returns:
         the loss, the variance v of a part's gradient, and the square m of the true one; float64.
     """
-    ranks = world.ranks(*SAMPLES)
+    ranks = run.world.ranks(*SAMPLES)
     parts = len(pieces) * ranks
     cut = next((c for p in weights if (c := cut_of(p)) is not None), None)
     # Of weights that this rank has whole, and of its parts of others.
@@ -99,12 +101,12 @@ def compared(
 
     hooks = [p.register_hook(watched(p)) for p in weights]
     try:
-        loss = accumulated(backward, pieces, count)
+        loss = accumulated(backward, pieces, count, run)
     finally:
         for hook in hooks:
             hook.remove()
     # What arrives is a rank's own, times the ranks (`replicas.summed`); what is left in `.grad` is the sum of all.
-    total = world.total(total) / ranks**2
+    total = run.world.total(total) / ranks**2
     whole = torch.zeros_like(total)
     for p in weights:
         if p.grad is not None:

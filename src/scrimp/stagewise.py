@@ -215,7 +215,8 @@ def holders(model: nn.Module, world: World) -> dict[str, list[int]]:
     own = [name for name, p in model.named_parameters() if p.requires_grad]
     told: list[Any] = [None] * world.ranks("pipeline")
     torch.distributed.all_gather_object(told, own, group=world.group("pipeline"))
-    found = {name: [rank for rank, names in enumerate(told) if name in names] for name in sorted(own)}
+    held = [frozenset(names) for names in told]
+    found = {name: [rank for rank, names in enumerate(held) if name in names] for name in sorted(own)}
     return {name: ranks for name, ranks in found.items() if len(ranks) > 1}
 
 

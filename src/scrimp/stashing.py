@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 WAITS: Final = "waits"
 """In memory, beside the weights by their names: whether a gradient waits for the next step."""
 
-TAG: Final = 2
-"""Of messages between stages: gradients may be under way while other things are sent between the same ranks."""
-
 
 @dataclass
 class Version:
@@ -83,6 +80,12 @@ class Stashed:
         self.here, self.ranks = run.world.place("pipeline"), run.world.ranks("pipeline")
         self.stage = Stage(run, stages.parts[self.here])
         self.under_way: deque[Sent] = deque()
+        self.group: Any = run.world.group("pipeline")
+        # Gradients go by a group of their own: they are under way while other things are sent, and NCCL, which runs
+        # what two ranks of a group send each other in the order of their calls, would let either wait for the other.
+        # It is left open: the next one would get its name, under which torch's store has what it was made of.
+        members = torch.distributed.get_process_group_ranks(self.group)
+        self.back: Any = torch.distributed.new_group(members, use_local_synchronization=True)
         self.requests: list[tuple[Any, Tensor]] = []
         self.earlier: list[tuple[Any, Tensor]] = []
         self.last: Version | None = None
@@ -144,7 +147,7 @@ class Stashed:
         part, came = self.stage.part, None
         if not part.first:
             came = self._states(batch)
-            torch.distributed.recv(came, group=self._group(), group_src=self.here - 1, tag=TAG)
+            torch.distributed.recv(came, group=self.group, group_src=self.here - 1)
             came.requires_grad_()
         with version.inside(self.run.model):
             left = self.stage(batch["tokens"] if came is None else came, **batch)
@@ -152,29 +155,26 @@ class Stashed:
             left = left / count
             losses.append(left.detach())
         else:
-            self._send(left.detach().contiguous(), self.here + 1)
+            self._send(left.detach().contiguous(), self.here + 1, self.group)
         self.under_way.append(Sent(version, came, left))
 
     def _backward(self, sent: Sent) -> None:
         grad = None
         if not self.stage.part.last:
             grad = torch.empty_like(sent.left)
-            torch.distributed.recv(grad, group=self._group(), group_src=self.here + 1, tag=TAG)
+            torch.distributed.recv(grad, group=self.back, group_src=self.here + 1)
         with sent.version.inside(self.run.model):
             sent.left.backward(grad)
         if sent.came is not None:
             assert sent.came.grad is not None
-            self._send(sent.came.grad, self.here - 1)
+            self._send(sent.came.grad, self.here - 1, self.back)
 
-    def _send(self, tensor: Tensor, to: int) -> None:
+    def _send(self, tensor: Tensor, to: int, group: Any) -> None:
         # Kept until it has gone.
-        self.requests.append((torch.distributed.isend(tensor, group=self._group(), group_dst=to, tag=TAG), tensor))
+        self.requests.append((torch.distributed.isend(tensor, group=group, group_dst=to), tensor))
 
     def _states(self, batch: Batch) -> Tensor:
         model: Any = self.run.model
         size, length = batch["tokens"].shape
         return torch.empty(size, model.prepended + length, model.config.width, device=self.run.device,
                            dtype=getattr(torch, self.run.recipe.dtype))  # fmt: skip
-
-    def _group(self) -> Any:
-        return self.run.world.group("pipeline")

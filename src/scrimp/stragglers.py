@@ -95,6 +95,8 @@ def stragglers(found: Sequence[Slowest]) -> dict[int, Slowest]:
 class Lookout:
     """Compares ranks while they train, and reports each straggler once."""
 
+    hosts: list[str] = field(default_factory=list[str])
+    """Of each rank, once they have been compared."""
     seconds: list[float] = field(default_factory=list[float])
     recent: list[Slowest] = field(default_factory=list[Slowest])
     reported: set[int] = field(default_factory=set[int])
@@ -110,8 +112,8 @@ class Lookout:
         self.seconds.append(seconds)
         if step % EVERY:
             return None
-        told = world.gathered((clock.read(), socket.gethostname()))
-        found = compared([own for own, _ in told], statistics.median(self.seconds), [host for _, host in told])
+        self.hosts = self.hosts or world.gathered(socket.gethostname())
+        found = compared(world.numbers(clock.read()), statistics.median(self.seconds), self.hosts)
         self.seconds.clear()
         self.recent = [*self.recent, found][-TIMES:]
         return found

@@ -37,7 +37,7 @@ from scrimp.session import (
     snapshot,
 )
 from scrimp.stages import new_clock, stage_end, validation_batches
-from scrimp.world import World, arranged, joined, lost, ranks, spread
+from scrimp.world import arranged, joined, lost, ranks, spread
 
 if TYPE_CHECKING:
     from scrimp.technique import State
@@ -137,7 +137,7 @@ class Begun:
 def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -> Begun:
     recipe = spread(recipe, ranks())
     session.world = arranged(recipe.mesh, device_of(recipe).type)
-    data = _opened(recipe.data.open, session.world) if data is None else data
+    data = session.world.after_first(recipe.data.open) if data is None else data
     if not force and session.world.size == 1:
         check_room(recipe, data)
     session.base = base_of(recipe, session.start)
@@ -150,16 +150,6 @@ def _new(recipe: Recipe, data: Any, session: Session, save: bool, force: bool) -
     return begun
 
 
-def _opened(opening: Callable[[], Any], world: World) -> Any:
-    """Opened data: the first rank builds what is built once, and the others find it."""
-    if not world.first:
-        world.wait()
-    data = opening()
-    if world.first:
-        world.wait()
-    return data
-
-
 def _resumed(
     place: str | Path, extend: str | None, mesh: Mapping[str, int] | None, data: Any, session: Session, force: bool
 ) -> Begun:
@@ -170,8 +160,8 @@ def _resumed(
     session.folder.world = session.world = arranged(recipe.mesh, device_of(recipe).type)
     # Locked before anything is read, which another process might replace meanwhile.
     session.folder.lock()
-    state, meta = checkpoint.load(RunFolder.newest(place))
-    data = _opened(lambda: reopened(recipe, meta), session.world) if data is None else data
+    state, meta = checkpoint.load(RunFolder.newest(place), session.world)
+    data = session.world.after_first(lambda: reopened(recipe, meta)) if data is None else data
     same_data(data, meta)
     clock = Clock(**meta["clock"])
     session.restore(meta)
@@ -213,15 +203,13 @@ def _stages(begun: Begun, session: Session) -> Result:
             if remark not in told and session.world.first:
                 session.observe("note", {"text": f"Note: {remark}"})
         told = run.remarks
-        try:
-            reason = session.ended or _stage(run, stage_end(run), session)
-        except UserError:
-            run.close()
-            raise
+        reason = session.ended or _stage(run, stage_end(run), session)
         run.close()
         if clock.done or reason != "finished":
             break
-        begun.decisions = run.decisions | {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+        decided = {run.order.key(t): t.decide(run) for t in run.order.slots["decide"]}
+        # Shapes depend on them: those of the first rank, which checkpoints have, hold for all.
+        begun.decisions = session.world.told(run.decisions | decided)
         clock.cuts.append(clock.position)
         clock.stage += 1
         begun.last = release(run, begun.decisions, session)
@@ -248,6 +236,7 @@ def _stage(run: Run, end: int, session: Session) -> str:
         loss = run.world.total(run.backward(batch, count))
         value = run.read(loss, worst=0.0)
         if not math.isfinite(value):
+            run.close()  # All ranks have this loss; what one alone raises must not wait for the others.
             raise non_finite(run, value)
         run.stopwatch.resume()
         updated = run.step()

@@ -17,7 +17,7 @@ here sends anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from scrimp.errors import UserError
 
@@ -42,6 +43,8 @@ JOINED: Final = (SAMPLES, PARTS, ("data", "context"))
 """Axes that are asked for as one."""
 WAIT: Final = timedelta(minutes=10)
 """How long a rank waits for the others before it gives up."""
+PATIENCE: Final = timedelta(days=7)
+"""How long the others wait for what only the first builds, such as tokens of a corpus."""
 LOST: Final = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """What gloo says where another rank has ended."""
 
@@ -93,7 +96,7 @@ class World:
         return self.mesh[tuple(names)]._flatten(joint), joint  # pyright: ignore[reportPrivateUsage]
 
     def total(self, value: Tensor, *axes: str) -> Tensor:
-        """The sum of a tensor over the ranks of some axes (those that see other parts of a batch), in a new one."""
+        """The sum of each number over the ranks of some axes (those that see other parts of a batch)."""
         return self._reduced(value, torch.distributed.ReduceOp.SUM, axes or PARTS)
 
     def largest(self, value: Tensor, *axes: str) -> Tensor:
@@ -101,18 +104,36 @@ class World:
         return self._reduced(value, torch.distributed.ReduceOp.MAX, axes or PARTS)
 
     def _reduced(self, value: Tensor, how: Any, axes: Sequence[str]) -> Tensor:
-        for axis in axes:
-            if self.ranks(axis) > 1:
-                value = value.clone()
-                torch.distributed.all_reduce(value, how, group=self.group(axis))
+        if self.ranks(*axes) == 1:
+            return value
+        value = value.clone()
+        torch.distributed.all_reduce(value, how, group=self.group(*axes))
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
-        return flag if self.mesh is None else any(self.gathered(flag))
+        """Whether any rank says so; tensors without values say so for this one only."""
+        if self.mesh is None:
+            return flag
+        told = torch.tensor(float(flag), device=self._device())
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+        return flag if isinstance(told, FakeTensor) else bool(told)
+
+    def numbers(self, own: float) -> list[float]:
+        """A number of each rank, in order of ranks."""
+        if self.mesh is None:
+            return [own]
+        told = torch.zeros(self.size, dtype=torch.float64, device=self._device())
+        told[self.rank] = own
+        torch.distributed.all_reduce(told)
+        return told.tolist()
+
+    def _device(self) -> str:
+        """Where numbers that are on the host are sent from: there, if a group can, so that none waits for a device."""
+        assert self.mesh is not None
+        return "cpu" if "cpu:" in torch.distributed.get_backend_config() else self.mesh.device_type
 
     def gathered(self, thing: Any) -> list[Any]:
-        """What each rank has, in order of ranks."""
+        """What each rank has, in order of ranks: for what is rare, as each rank takes apart what all have."""
         if self.mesh is None:
             return [thing]
         found: list[Any] = [None] * self.size
@@ -131,6 +152,20 @@ class World:
         """Until every rank is here."""
         if self.mesh is not None:
             torch.distributed.barrier()
+
+    def after_first(self, job: Callable[[], Any]) -> Any:
+        """What a job returns, which the first rank does alone before the others do it, however long it takes."""
+        if self.mesh is None:
+            return job()
+        # The ordinary group gives up after `WAIT`, and what is built once may take hours.
+        group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        if not self.first:
+            torch.distributed.barrier(group)
+        found = job()
+        if self.first:
+            torch.distributed.barrier(group)
+        torch.distributed.destroy_process_group(group)
+        return found
 
 
 ALONE: Final = World()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from scrimp.errors import RecipeError, UserError
 from scrimp.run import Run
 from scrimp.splitting import compared
 from scrimp.training import train
+from scrimp.world import ALONE
 from tiny import assert_equal, example, flat, recipe, run_of, step
 
 
@@ -33,7 +35,8 @@ def found(x: Tensor, parts: int) -> tuple[float, float]:
         return loss.detach()
 
     pieces = [{"x": piece} for piece in x.tensor_split(parts)]
-    _, variance, square = compared(inner, pieces, torch.tensor(len(x)), [model.w])
+    run: Any = SimpleNamespace(world=ALONE, more_parts=False)
+    _, variance, square = compared(inner, pieces, torch.tensor(len(x)), [model.w], run)
     return float(variance), float(square)
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from scrimp import room
+from scrimp.dryrun import CannotPlanError
 from scrimp.errors import UserError
 from scrimp.machines.machine import KNOWN, Machine, machine
 from scrimp.meter import LiveBytes
-from scrimp.planning import CannotPlanError, plan
+from scrimp.planning import plan
 from scrimp.planview import text
 from scrimp.recipe import Recipe
 from scrimp.registry import modules

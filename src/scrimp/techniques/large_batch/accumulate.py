@@ -51,4 +51,4 @@ class Accumulate(Technique):
         if self.parts == 1:
             return backward
         check_parts(self.parts, run.recipe.batch, run.where(self, "parts"))
-        return lambda batch, count: accumulated(backward, split(batch, self.parts), count)
+        return lambda batch, count: accumulated(backward, split(batch, self.parts), count, run)

@@ -84,9 +84,9 @@ class AdaScale(Technique):
             pieces = split(batch, own)
             # Once a step, whoever asks for the gradient twice; a batch may have lost samples on its way.
             if last[0] == run.clock.step or len(pieces) < own:
-                return accumulated(backward, pieces, count)
+                return accumulated(backward, pieces, count, run)
             last[0] = run.clock.step
-            loss, variance, true = compared(backward, pieces, count, weights, run.world)
+            loss, variance, true = compared(backward, pieces, count, weights, run)
             memory["variance"] = smooth(memory["variance"], variance.clamp(min=0), keep)
             memory["square"] = smooth(memory["square"], true.clamp(min=0), keep)
             memory["gain"] = gain(memory["variance"], memory["square"], self.parts)

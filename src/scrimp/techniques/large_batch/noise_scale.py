@@ -73,9 +73,9 @@ class NoiseScale(Technique):
             pieces, now = split(batch, own), run.clock.step
             # Once a step, whoever asks for the gradient twice; a batch may have lost samples on its way.
             if now % self.every or now == last[0] or len(pieces) < own:
-                return accumulated(backward, pieces, count)
+                return accumulated(backward, pieces, count, run)
             last[0] = now
-            loss, variance, true = compared(backward, pieces, count, weights, run.world)
+            loss, variance, true = compared(backward, pieces, count, weights, run)
             memory["variance"] = smooth(memory["variance"], variance, self.decay)
             memory["square"] = smooth(memory["square"], true, self.decay)
             scale = run.read(size * memory["variance"] / memory["square"], worst=1.0)

@@ -10,8 +10,9 @@ Paper: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Paralle
 arXiv 2006.15704. The engine is torch's.
 
 Saves: time, as long as a rank's part keeps its device busy; activations, to 1/ranks of theirs. Costs: each gradient is
-sent once a step (2 (N - 1) / N of its bytes a rank), in buckets, while earlier layers are still computed; the buckets
-stay between steps, so that gradients take memory in the forward pass too. Not for: a model whose weights and states do
+sent once a step (2 (N - 1) / N of its bytes a rank), in buckets, while earlier layers are still computed; with
+`accumulate` twice, with the first and the last part, however many there are. The buckets stay between steps, so that
+gradients take memory in the forward pass too. Not for: a model whose weights and states do
 not fit into one device; see `zero`.
 """
 

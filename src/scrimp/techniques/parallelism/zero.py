@@ -13,8 +13,9 @@ Paper: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion 
 arXiv 1910.02054. Stages 2 and 3 are torch's `fully_shard` around the blocks and what is left; stage 1 is its
 DistributedDataParallel, and an update of each rank's own parameters.
 
-Saves: memory, as above. Costs: at stages 1 and 2 as many bytes as plain data parallelism sends, at stage 3 half as much
-again; while a block runs, its weights and gradients are there in full. Not for: models that fit into one device with
+Saves: memory, as above. Costs: at stage 2 as many bytes as plain data parallelism sends, at stages 1 (whose gradients
+go to all ranks, and updated weights besides) and 3 half as much again; with `accumulate` stages 2 and 3 send for every
+part; while a block runs, its weights and gradients are there in full. Not for: models that fit into one device with
 their states. With a mesh of `replica: R, data: N`, weights are sharded over N ranks and replicated R times, and what
 is sent most stays within a machine.
 """
@@ -53,7 +54,7 @@ class Zero(Technique):
         paper="arXiv:1910.02054",
         section="Parallelism",
         saves="memory: states, then gradients, then weights are sharded over the ranks",
-        costs="stage 3 sends half as much again as plain data parallelism",
+        costs="stages 1 and 3 send half as much again as plain data parallelism",
         sets=("data parallelism",),
         axes=("replica", "data"),
         shards=True,
