@@ -16,7 +16,7 @@ from scrimp.errors import UserError
 from scrimp.planning import plan
 from scrimp.registry import technique_class
 from scrimp.training import train
-from tiny import example
+from tiny import Letters, example, home
 
 
 @pytest.fixture
@@ -41,6 +41,18 @@ def test_tokens_are_not_shared_between_stages_that_a_rank_has_several_of() -> No
     shared = made(stages, technique_class("tensor")(), mesh=axes)
     with pytest.raises(UserError, match=r"tensor\.sequence.*2 stages.*Set it to false"):
         plan(shared, "here", ranks=4)
+
+
+@pytest.mark.parametrize(("place", "tables"), [(0, 1), (1, 0), (2, 1)])
+def test_stages_share_the_embedding_and_the_head_that_they_have(place: int, tables: int) -> None:
+    """Of an untied model the first of three stages has no head, the last no embedding, the middle one neither."""
+    model = home()["model"] | {"layers": 3, "tied": False}
+    weights = []
+    for shared in (True, False):
+        cut = (technique_class("pipeline")(micro_batches=4), technique_class("tensor")(vocabulary=shared))
+        layout = made(*cut, mesh={"pipeline": 3, "tensor": 2, "data": 1}, model=model)
+        weights.append(plan(layout, "here", ranks=6, rank=2 * place).worst.peak.kinds["weights"])
+    assert weights[1] - weights[0] == tables * Letters.vocab * model["width"] * 8 // 2
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
