@@ -84,9 +84,10 @@ class Cutter:
         """
         embed: Embedding | None = owner.embed
         head: Linear | None = owner.head if hasattr(owner, "head_loss") else None
-        if embed is None and head is None:
+        table = head if embed is None else embed
+        if table is None:
             return
-        vocab = len((embed or head).weight)
+        vocab = len(table.weight)
         if vocab <= -(-vocab // self.ranks.count) * (self.ranks.count - 1):
             what = f"a vocabulary of {vocab} tokens is too small to be shared by {self.ranks.count} ranks."
             raise UserError(what, self.where, "Set `vocabulary: false`.")
