@@ -62,6 +62,15 @@ def test_memory_of_a_rank_is_planned(files: Path, ranks: int) -> None:
         assert planned == pytest.approx(live, rel=0.03), name
 
 
+def test_ranks_share_the_batches_of_a_run_that_one_process_began(files: Path) -> None:
+    """Its recipe names no technique for ranks, and a resumed run keeps its recipe."""
+    given = {"data": "text", "out": str(files), "name": "plain", "checkpoint": {"every": "2 step", "keep": 9}}
+    alone = train(made(technique_class("sgd")(**RULES["sgd"]), **given), data=made().data.open(), force=True)
+    torch.save(state(alone.run), files / "sgd.pt")
+    shutil.copytree(files / "plain", files / "sgd-plain", ignore=shutil.ignore_patterns("lock"))
+    assert together(2, "jobs", "plain_resumed") < 1e-12
+
+
 def test_a_checkpoint_of_four_ranks_is_resumed_on_other_meshes(files: Path) -> None:
     for rule, settings in RULES.items():
         torch.save(state(train(made(technique_class(rule)(**settings)), save=False).run), files / f"{rule}.pt")
