@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from scrimp.errors import UserError
 
 if TYPE_CHECKING:
+    from scrimp.machines.machine import Machine
     from scrimp.recipe import Recipe
 
 
@@ -27,6 +28,23 @@ def accelerated(machine: str) -> bool:
 
     ours = machine.lower() in known() and machine.lower() not in (name.lower() for name in KNOWN)
     return ours or machine.endswith((".yaml", ".yml"))
+
+
+def machine_of(machine: str) -> Machine:
+    """A machine of plans by name, in any case.
+
+    Raises:
+        UserError: for an unknown one, with the nearest names, those of simulated accelerators too.
+    """
+    from scrimp.errors import did_you_mean
+    from scrimp.machines.accelerators.architecture import known
+    from scrimp.machines.machine import KNOWN
+    from scrimp.machines.machine import machine as find
+
+    if machine != "here" and machine.lower() not in (name.lower() for name in KNOWN):
+        names = ["here", *KNOWN, *known()]
+        raise UserError(f"there is no machine `{machine}`.", "--machine", did_you_mean(machine, names, len(names)))
+    return find(machine)
 
 
 def within(option: str, value: float, zero: str = "") -> None:
@@ -92,7 +110,8 @@ def check_mesh(recipe: Recipe | None, resume: Path | None, mesh: str | None, ran
     from scrimp.world import sizes
 
     if recipe is not None and mesh is not None:
-        raise UserError("a new run's mesh stands in its recipe.", "mesh", "Set `mesh` there.")
+        fix = 'Set `mesh` there, or write "mesh={tensor: 2}" behind the recipe.'
+        raise UserError("a new run's mesh stands in its recipe.", "mesh", fix)
     if recipe is None:
         assert resume is not None
         recipe = Recipe.load(RunFolder.newest(resume).parent.parent / "recipe.yaml")

@@ -103,7 +103,7 @@ def clash(a: Technique, b: Technique) -> str:
         thing = sorted(shared)[0]
         hint = ""
         if a.card.scope and b.card.scope:
-            hint = f", or limit one of them to some parameters with `{a.card.scope}`"
+            hint = f", or give them disjoint patterns in `{a.card.scope}`"
         return f"`{a.name}` and `{b.name}` both set the {thing}. Drop one of them{hint}."
     for one, other in ((a, b), (b, a)):
         for thing in sorted(set(one.card.refuses) & things(other.card)):

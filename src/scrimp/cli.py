@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from scrimp.arguments import accelerated, asked, axes_of, check_mesh, load, numbers, out_of, within
+from scrimp.arguments import accelerated, asked, axes_of, check_mesh, load, machine_of, numbers, out_of, within
 from scrimp.errors import LostError, UserError
 
 app = typer.Typer(
@@ -139,6 +139,8 @@ def plan(
 
     if layouts and (fit or each or html is not None or accelerated(machine)):
         raise UserError("--layouts goes with --ranks, --machine and --json only.", "plan", "Leave the others out.")
+    if layouts and ranks == 1:
+        raise UserError("--layouts searches how several devices share a run.", "plan", "Say how many: --ranks 8.")
     if sum((bool(fit), each, html is not None)) > 1 or (ranks > 1 and (fit or each)):
         fix = "Call it once for each."
         raise UserError("--fit, --each and --html do not go together, nor the first two with --ranks.", "plan", fix)
@@ -152,10 +154,13 @@ def plan(
         attended = planned.attention(make(loaded, find("here"), ranks=ranks), accelerator(machine), kept)
         typer.echo(json.dumps(attended.as_json(), indent=1) if json_ else attended.text())
         return
-    on = find(machine)
+    on = machine_of(machine)
+    if kept is not None:
+        fix = "Name an accelerator with --machine, such as elsa, or leave it out."
+        raise UserError(f"`{machine}` is no accelerator: it computes all keys.", "--kept", fix)
     if fit:
-        found = fitting.fit(loaded, on, size_of(fit), say=watch)
-        typer.echo(json.dumps(planview.fit_json(found), indent=1) if json_ else planview.fitted(found))
+        fitted = fitting.fit(loaded, on, size_of(fit), say=watch)
+        typer.echo(json.dumps(planview.fit_json(fitted), indent=1) if json_ else planview.fitted(fitted))
         return
     if layouts:
         from scrimp import layouts as search

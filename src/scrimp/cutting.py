@@ -77,14 +77,27 @@ class Cutter:
         self._columns(last, lane)
 
     def vocabulary(self, owner: Any) -> None:
-        """Cut a table of tokens, and the head and the loss of a model of language."""
-        embed: Embedding = owner.embed
-        vocab = len(embed.weight)
+        """Cut a table of tokens, and the head and the loss of a model of language.
+
+        A stage of a pipeline may have one of the two: where they are not tied, the table is on the first, the head on
+        the last, and None elsewhere.
+        """
+        embed: Embedding | None = owner.embed
+        head: Linear | None = owner.head if hasattr(owner, "head_loss") else None
+        table = head if embed is None else embed
+        if table is None:
+            return
+        vocab = len(table.weight)
         if vocab <= -(-vocab // self.ranks.count) * (self.ranks.count - 1):
             what = f"a vocabulary of {vocab} tokens is too small to be shared by {self.ranks.count} ranks."
             raise UserError(what, self.where, "Set `vocabulary: false`.")
-        if hasattr(owner, "head_loss"):
-            self._head(owner, vocab)
+        if head is not None:
+            self._head(owner, head, vocab)
+        if embed is not None:
+            self._table(embed, vocab)
+
+    def _table(self, embed: Embedding, vocab: int) -> None:
+        """Each rank looks up the tokens that it has."""
         self._take(embed, "weight", ROWS, (vocab,))
 
         def around(forward: Callable[..., object]) -> Callable[..., object]:
@@ -92,9 +105,8 @@ class Cutter:
 
         wrap_forward(embed, around)
 
-    def _head(self, owner: Any, vocab: int) -> None:
+    def _head(self, owner: Any, head: Linear, vocab: int) -> None:
         """Logits come together where somebody wants them; the loss does without."""
-        head: Linear = owner.head
         self._rows(head)
         product, inner = head.product, head.forward
         head.product = lambda x, weight, bias: product(self.ranks.spread(x), weight, bias)

@@ -72,9 +72,9 @@ def links(on: Machine, ranks: int) -> list[str]:
     if ranks == 1:
         return []
     if not on.link:
-        return [f"The speed of {on.name}'s links is not known: {free}"]
+        return [f"The speed of the links of `{on.name}` is not known: {free}"]
     if not on.node:
         return [f"How many {on.name} a machine holds is not known: links are taken to be those inside of one."]
     if ranks > on.node and not on.network:
-        return [f"The speed of {on.name}'s links between machines is not known: there {free}"]
+        return [f"The speed of the links between machines of `{on.name}` is not known: there {free}"]
     return []

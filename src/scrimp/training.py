@@ -157,6 +157,8 @@ def _resumed(
     recipe = Recipe.load(session.folder.path / "recipe.yaml")
     if mesh is not None:
         recipe = replace(recipe, mesh=mesh)
+    # Ranks that the run did not have may share its batches: that changes no number, and needs no state.
+    recipe = spread(recipe, ranks())
     session.folder.world = session.world = arranged(recipe.mesh, device_of(recipe).type)
     # Locked before anything is read, which another process might replace meanwhile.
     session.folder.lock()

@@ -236,7 +236,8 @@ def sizes(mesh: Mesh, ranks: int) -> dict[str, int]:
     if fixed != ranks:
         told = ", ".join(f"{axis}: {count}" for axis, count in shape.items() if count > 1) or "a single rank"
         what = f"the mesh ({told}) has {fixed} {'rank' if fixed == 1 else 'ranks'}, and {ranks} run."
-        raise UserError(what, "mesh", f"Start {fixed} with `scrimp launch --ranks {fixed}`, or change `mesh`.")
+        start = f"Start {fixed} with `scrimp launch --ranks {fixed}`"
+        raise UserError(what, "mesh", f"{start}, or change `mesh` (of a run that is resumed: `--mesh data={ranks}`).")
     return shape
 
 

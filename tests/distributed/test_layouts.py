@@ -16,7 +16,7 @@ from scrimp.errors import UserError
 from scrimp.planning import plan
 from scrimp.registry import technique_class
 from scrimp.training import train
-from tiny import example
+from tiny import Letters, example, home
 
 
 @pytest.fixture
@@ -43,11 +43,32 @@ def test_tokens_are_not_shared_between_stages_that_a_rank_has_several_of() -> No
         plan(shared, "here", ranks=4)
 
 
+@pytest.mark.parametrize(("place", "tables"), [(0, 1), (1, 0), (2, 1)])
+def test_stages_share_the_embedding_and_the_head_that_they_have(place: int, tables: int) -> None:
+    """Of an untied model the first of three stages has no head, the last no embedding, the middle one neither."""
+    model = home()["model"] | {"layers": 3, "tied": False}
+    weights = []
+    for shared in (True, False):
+        cut = (technique_class("pipeline")(micro_batches=4), technique_class("tensor")(vocabulary=shared))
+        layout = made(*cut, mesh={"pipeline": 3, "tensor": 2, "data": 1}, model=model)
+        weights.append(plan(layout, "here", ranks=6, rank=2 * place).worst.peak.kinds["weights"])
+    assert weights[1] - weights[0] == tables * Letters.vocab * model["width"] * 8 // 2
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_memory_of_a_rank_is_planned(files: Path, ranks: int) -> None:
     for name, live in together(ranks, "jobs", "live").items():
         planned = plan(measured(name), "here", ranks=ranks).live
         assert planned == pytest.approx(live, rel=0.03), name
+
+
+def test_ranks_share_the_batches_of_a_run_that_one_process_began(files: Path) -> None:
+    """Its recipe names no technique for ranks, and a resumed run keeps its recipe."""
+    given = {"data": "text", "out": str(files), "name": "plain", "checkpoint": {"every": "2 step", "keep": 9}}
+    alone = train(made(technique_class("sgd")(**RULES["sgd"]), **given), data=made().data.open(), force=True)
+    torch.save(state(alone.run), files / "sgd.pt")
+    shutil.copytree(files / "plain", files / "sgd-plain", ignore=shutil.ignore_patterns("lock"))
+    assert together(2, "jobs", "plain_resumed") < 1e-12
 
 
 def test_a_checkpoint_of_four_ranks_is_resumed_on_other_meshes(files: Path) -> None:

@@ -108,6 +108,23 @@ def test_a_plan_is_text_json_and_a_page(tmp_path: Path) -> None:
     assert page(planned).count("<svg") == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--machine", "elza"], "--machine: there is no machine `elza`. Did you mean elsa"),
+        (["--machine", "L4", "--kept", "0.5"], "--kept: `L4` is no accelerator"),
+        (["--layouts"], "--ranks 8"),
+    ],
+)
+def test_mistakes_on_the_command_line_say_what_to_do(tmp_path: Path, words: list[str], said: str) -> None:
+    from typer.testing import CliRunner
+
+    from scrimp.cli import app
+
+    (tmp_path / "r.yaml").write_text("{model: gpt-1m, data: {source: python-stdlib}, techniques: adamw}")
+    assert said in str(CliRunner().invoke(app, ["plan", str(tmp_path / "r.yaml"), *words]).exception)
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 

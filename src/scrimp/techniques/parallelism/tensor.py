@@ -71,6 +71,7 @@ class TensorParallel(Technique):
         for stack in stacks.values():
             cutter.stack(stack, Lane(cutter.ranks, self.sequence))
         for owner in list(model.modules()) if self.vocabulary else ():
-            if isinstance(getattr(owner, "embed", None), Embedding):
+            embed = getattr(owner, "embed", None)
+            if isinstance(embed, Embedding) or (embed is None and hasattr(owner, "head_loss")):
                 cutter.vocabulary(owner)
         return model
