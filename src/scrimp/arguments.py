@@ -4,13 +4,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from scrimp.errors import UserError
 
 if TYPE_CHECKING:
     from scrimp.machines.machine import Machine
     from scrimp.recipe import Recipe
+
+RunPath = Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")]
+Words = Annotated[
+    list[str] | None, typer.Argument(help="Overrides: steps=200 lion.lr=3e-4 adamw=off.", metavar="[KEY=VALUE]...")
+]
 
 
 def axes_of(text: str) -> dict[str, int]:

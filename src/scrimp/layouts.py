@@ -196,7 +196,7 @@ def text(found: Found) -> str:
         lines += [f"No layout that was planned fits into {size(found.limit)} a rank.{closest}"]
         lines += [f"     {line}" for line in found.large[0].layout.lines().splitlines()] if found.large else []
     lines += ["", *(f"Too large: {' '.join(o.layout.lines().split())}: {size(o.memory)}" for o in found.large)]
-    lines += [f"Left out: {count} ({why.rstrip('.')})" for why, count in found.refused.items() if count]
+    lines += [f"Left out: {count} layouts ({why.rstrip('.')})" for why, count in found.refused.items() if count]
     plans = [p for option in (*found.options, *found.large) for p in option.plans]
     lines += [f"Note: {note}" for note in dict.fromkeys(note for p in plans for note in p.notes)]
     return "\n".join(lines).rstrip()

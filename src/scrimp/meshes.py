@@ -149,7 +149,8 @@ def estimate(layout: Layout, single: Plan, ranks: int, parts: tuple[int, int]) -
     launched = len(single.stages[-1].ops) * on.overhead * m / p
     seconds = max(single.stages[-1].seconds / ranks, launched) / (1 - idle)
     speed = on.speed(samples, t) or float("inf")
-    seconds += (3 if zero == 3 else 2) * grads / (p * t) * (samples - 1) / samples / speed
+    # Stage 1 adds a broadcast of weights to the all-reduce; stage 3 gathers weights twice.
+    seconds += (3 if zero in (1, 3) else 2) * grads / (p * t) * (samples - 1) / samples / speed
     model: Any = single.recipe.model
     stream = stage.tokens / samples * getattr(model, "width", 0) * 4
     speed = on.speed(t, 1) or float("inf")
