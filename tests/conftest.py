@@ -18,6 +18,11 @@ settings.load_profile("scrimp")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: at the end one of them would run while other workers have nothing left."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish() -> None:
     """Let no later collection of garbage walk through all that was imported; trained runs make many of them."""
     gc.collect()

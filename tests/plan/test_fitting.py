@@ -72,6 +72,7 @@ def test_when_nothing_fits_it_says_how_much_is_missing() -> None:
     assert json.loads(json.dumps(fit_json(found)))["options"] == []
 
 
+@pytest.mark.slow
 def test_every_technique_has_a_row() -> None:
     made = recipe(example("adamw"), model=MODEL | {"layers": 2, "dropout": 0.0})
     rows = each(made, GPU)
